@@ -1,0 +1,289 @@
+import functools as ft
+from typing import Any, cast
+
+import equinox as eqx
+import equinox.internal as eqxi
+import jax.tree_util as jtu
+from jaxtyping import PyTree
+
+from ._event import Event
+from ._heuristics import is_unsafe_sde
+from ._reverse_mode_only import reverse_mode_only
+from ._reversible_loop import (
+    as_arrays,
+    close_solve,
+    reversible_loop,
+    set_y_and_solver_state,
+)
+from ._saveat import save_y, SaveAt
+from ._solver import (
+    AbstractERK,
+    AbstractReversibleSolver,
+    AbstractSolver,
+    AbstractWrappedSolver,
+    Euler,
+    HalfSolver,
+)
+from ._solver.reversible_half_solver import ReversibleHalfSolver
+from ._term import AbstractTerm
+from ._upstream_adjoint import *  # noqa: F403
+from ._upstream_adjoint import (
+    _inner_loop as _inner_loop,
+    _is_none as _is_none,
+    _is_subsaveat as _is_subsaveat,
+    _loop_backsolve as _loop_backsolve,
+    _loop_backsolve_bwd as _loop_backsolve_bwd,
+    _loop_backsolve_fwd as _loop_backsolve_fwd,
+    _materialise_none as _materialise_none,
+    _nondiff_solver_controller_state as _nondiff_solver_controller_state,
+    _only_transpose_ys as _only_transpose_ys,
+    _outer_loop as _outer_loop,
+    _solve as _solve,
+    _uncallable as _uncallable,
+    _vf as _vf,
+    AbstractAdjoint as AbstractAdjoint,
+    BacksolveAdjoint as BacksolveAdjoint,
+    DirectAdjoint as DirectAdjoint,
+    ForwardMode as ForwardMode,
+    ImplicitAdjoint as ImplicitAdjoint,
+    RecursiveCheckpointAdjoint as RecursiveCheckpointAdjoint,
+)
+
+
+class ReversibleAdjoint(AbstractAdjoint):
+    """Backpropagate through [`diffrax.diffeqsolve`][] by undoing the solver's steps one
+    after another, from the last to the first, and differentiating each one at the state
+    that has been reconstructed.
+
+    This computes the gradient of the numerical solution ("discretise-then-optimise"),
+    as [`diffrax.RecursiveCheckpointAdjoint`][] does, and agrees with it up to rounding.
+    It does so in memory that does not grow with the number of steps, as no states are
+    stored. (What does grow is the record of the step times: one number for each of
+    `max_steps` steps.) In time, each step costs one step backward and one
+    vector-Jacobian product, in addition to the step forward.
+
+    It needs a solver whose steps can be undone, that is a
+    [`diffrax.AbstractReversibleSolver`][]:
+
+    - [`diffrax.UReversible`][], which makes any explicit Runge--Kutta method reversible;
+    - [`diffrax.ReversibleHeun`][], [`diffrax.LeapfrogMidpoint`][] or
+        [`diffrax.SemiImplicitEuler`][];
+    - any of these inside of [`diffrax.HalfSolver`][], except for `LeapfrogMidpoint`;
+    - your own: see [the page on extending](../extending.md).
+
+    Gradients are computed with respect to `y0`, `args`, `terms`, `solver_state` (if
+    passed), and whatever the vector field closes over, through `SaveAt(t0=..., t1=...,
+    ts=...)`. An attempt to differentiate anything else (the times `t0`, `t1`, `dt0`,
+    `SaveAt(ts=...)` or those of the step size controller; the outputs `Solution.ts` and
+    `Solution.solver_state`) raises an error.
+
+    !!! warning
+
+        Undoing a step is exact up to rounding; undoing many multiplies these rounding
+        errors if the dynamics backward in time are unstable. The docstring of each
+        solver tells what it is suited for. If in doubt, compare the gradient to that of
+        [`diffrax.RecursiveCheckpointAdjoint`][].
+
+    !!! info
+
+        This cannot be forward-mode autodifferentiated. (E.g. using `jax.jvp`.) Try using
+        [`diffrax.ForwardMode`][] if you need forward-mode autodifferentiation, or
+        [`diffrax.DirectAdjoint`][] if you need both forward and reverse-mode
+        autodifferentiation.
+
+    ??? cite "References"
+
+        ```bibtex
+        @article{kidger2021efficient,
+            author={Kidger, Patrick and Foster, James and Li, Xuechen and Lyons, Terry},
+            title={{E}fficient and {A}ccurate {G}radients for {N}eural {SDE}s},
+            year={2021},
+            journal={Advances in Neural Information Processing Systems}
+        }
+
+        @article{mccallum2024efficient,
+            author={McCallum, Sam and Foster, James},
+            title={Efficient, Accurate and Stable Gradients for Neural ODEs},
+            journal={arXiv:2410.11648},
+            year={2024},
+        }
+        ```
+    """
+
+    def loop(
+        self,
+        *,
+        args,
+        terms,
+        solver,
+        stepsize_controller,
+        event,
+        saveat,
+        t0,
+        t1,
+        dt0,
+        max_steps,
+        throw,
+        init_state,
+        passed_solver_state,
+        passed_controller_state,
+        progress_meter,
+    ) -> Any:
+        del throw, passed_solver_state, passed_controller_state
+        name = type(self).__name__
+        _check_supported(terms, saveat, event, name)
+        solver = _as_reversible(solver, name)
+        y, solver_state, args, terms = reverse_mode_only(
+            (init_state.y, as_arrays(init_state.solver_state), args, terms),
+            f"Cannot use forward-mode autodifferentiation with `adjoint={name}()`. "
+            "Consider using `adjoint=ForwardMode()` instead, or "
+            "`adjoint=DirectAdjoint()` for both forward and reverse mode.",
+        )
+        nondifferentiable = ft.partial(_nondifferentiable_input, name=name)
+        t0 = nondifferentiable(t0, "t0")
+        t1 = nondifferentiable(t1, "t1")
+        saveat = nondifferentiable(saveat, "SaveAt(ts=...)")
+        kwargs = dict(
+            solver=solver,
+            stepsize_controller=nondifferentiable(
+                stepsize_controller, "stepsize_controller"
+            ),
+            event=event,
+            saveat=saveat,
+            t0=t0,
+            t1=t1,
+            dt0=nondifferentiable(dt0, "dt0"),
+            max_steps=max_steps,
+            init_state=init_state,
+            progress_meter=progress_meter,
+        )
+        if max_steps is None:
+            return self._unbounded_loop(y, solver_state, args, terms, **kwargs)
+        closed = close_solve(
+            self._loop, y, solver_state, args, terms, name=name, **kwargs
+        )
+        final_state, aux_stats = reversible_loop(
+            (y, solver_state, args, terms, closed.local),
+            forward=closed.forward,
+            reverse=closed.reverse,
+            saveat=saveat,
+            t0=t0,
+            t1=t1,
+            solver=solver,
+        )
+        return _only_differentiate_ys(final_state, name), aux_stats
+
+    def _unbounded_loop(self, y, solver_state, args, terms, *, init_state, **kwargs):
+        init_state = set_y_and_solver_state(init_state, y, solver_state)
+        final_state, aux_stats = self._loop(
+            args=args,
+            terms=terms,
+            init_state=init_state,
+            inner_while_loop=ft.partial(_inner_loop, kind="lax"),
+            outer_while_loop=ft.partial(_outer_loop, kind="lax"),
+            **kwargs,
+        )
+        name = type(self).__name__
+        msg = (
+            f"Cannot differentiate `diffeqsolve(..., max_steps=None, adjoint={name}())`: "
+            "recording the times of the steps needs memory, the size of which JAX has to "
+            "know in advance. Put a bound on the maximum number of steps."
+        )
+        final_state = eqxi.nondifferentiable_backward(final_state, msg=msg)
+        return final_state, aux_stats
+
+
+ReversibleAdjoint.__init__.__doc__ = """**Arguments:** None
+
+**Raises:**
+
+When used in [`diffrax.diffeqsolve`][], before anything runs: `ValueError` if the solver
+is not reversible or if there is an `UnsafeBrownianPath`; `NotImplementedError` for an
+`event`, or for any of `SaveAt(steps=..., dense=..., fn=..., subs=...)`, or for
+forward-mode autodifferentiation.
+"""
+
+
+def _as_reversible(solver: AbstractSolver, name: str) -> AbstractReversibleSolver:
+    # `isinstance` looks through wrappers. Being able to undo the step of the solver inside
+    # does not mean being able to undo that of the wrapper.
+    if issubclass(type(solver), AbstractReversibleSolver):
+        return cast(AbstractReversibleSolver, solver)
+    if type(solver) is HalfSolver and issubclass(
+        type(solver.solver), AbstractReversibleSolver
+    ):
+        return ReversibleHalfSolver(solver.solver)
+    solver_name = type(solver).__name__
+    if isinstance(solver, (AbstractERK, Euler)) and not isinstance(
+        solver, AbstractWrappedSolver
+    ):
+        remedy = f"`solver=UReversible({solver_name}())`"
+    else:
+        remedy = "`solver=UReversible(Tsit5())` or another reversible solver"
+    raise ValueError(
+        f"Cannot use `adjoint={name}()` with `solver={solver_name}(...)`, the steps of "
+        f"which cannot be undone. Consider using {remedy}, or `adjoint="
+        "RecursiveCheckpointAdjoint()`."
+    )
+
+
+def _check_supported(
+    terms: PyTree[AbstractTerm], saveat: SaveAt, event: Event | None, name: str
+) -> None:
+    if is_unsafe_sde(terms):
+        raise ValueError(
+            f"Cannot use `adjoint={name}()` with `UnsafeBrownianPath`: the same Brownian "
+            "increments are needed again on the way back. Consider using "
+            "`VirtualBrownianTree` instead."
+        )
+    if jtu.tree_structure(saveat.subs, is_leaf=_is_subsaveat) != jtu.tree_structure(0):
+        refused = "SaveAt(subs=...)`, unless with a single `SubSaveAt"
+    elif saveat.dense:
+        refused = "SaveAt(dense=True)"
+    elif saveat.subs.steps != 0:
+        refused = "SaveAt(steps=...)"
+    elif saveat.subs.fn is not save_y:
+        refused = "SaveAt(fn=...)"
+    elif event is not None:
+        refused = "diffeqsolve(..., event=...)"
+    else:
+        return
+    raise NotImplementedError(
+        f"Cannot use `adjoint={name}()` with `{refused}`. Consider using "
+        "`adjoint=RecursiveCheckpointAdjoint()` instead."
+    )
+
+
+def _nondifferentiable_input(x: PyTree, what: str, *, name: str) -> PyTree:
+    msg = (
+        f"Cannot differentiate with respect to `{what}` when using `adjoint={name}()`. "
+        "Consider using `adjoint=RecursiveCheckpointAdjoint()` instead."
+    )
+    return eqxi.nondifferentiable(x, msg=msg)
+
+
+def _only_differentiate_ys(final_state: Any, name: str) -> Any:
+    """Makes it an error to differentiate anything in `final_state` but what was saved of
+    `y`, rather than for it to have a gradient of zero."""
+
+    def refuse(x, what):
+        msg = (
+            f"Cannot differentiate `{what}` when using `adjoint={name}()`. Consider "
+            "using `adjoint=RecursiveCheckpointAdjoint()` instead, or wrapping it in "
+            "`jax.lax.stop_gradient`."
+        )
+        return eqxi.nondifferentiable_backward(x, msg=msg, symbolic=False)
+
+    save_state = final_state.save_state
+    save_state = eqx.tree_at(
+        lambda s: s.ts, save_state, replace_fn=lambda ts: refuse(ts, "Solution.ts")
+    )
+    solver_state = refuse(final_state.solver_state, "Solution.solver_state")
+    controller_state = refuse(final_state.controller_state, "Solution.controller_state")
+    final_state = refuse(final_state, "Solution.stats")
+    return eqx.tree_at(
+        lambda s: (s.save_state, s.solver_state, s.controller_state),
+        final_state,
+        (save_state, solver_state, controller_state),
+        is_leaf=_is_none,
+    )

@@ -1,0 +1,74 @@
+"""An identity function that refuses forward-mode autodifferentiation."""
+
+import equinox as eqx
+import jax.extend as jex
+import jax.interpreters.ad as ad
+import jax.interpreters.batching as batching
+import jax.interpreters.mlir as mlir
+import jax.tree_util as jtu
+from jaxtyping import PyTree
+
+
+# Reverse mode linearises a function and then transposes the result, without ever
+# evaluating what it has linearised; forward mode evaluates it. So we need two
+# primitives. The first stands in the function that is differentiated; the second in its
+# linearisation, where it can be transposed, but neither evaluated nor compiled.
+#
+# (This is as far as the differentiation of a `jax.custom_vjp` gets by itself, but for an
+# error that tells its users what to do instead.)
+_primal_p = jex.core.Primitive("reverse_mode_only")
+_tangent_p = jex.core.Primitive("reverse_mode_only_tangent")
+
+
+def _identity(x, *, msg):
+    del msg
+    return x
+
+
+def _refuse(*args, msg):
+    del args
+    raise NotImplementedError(msg)
+
+
+def _batch(primitive):
+    def _rule(args, axes, *, msg):
+        (x,) = args
+        (axis,) = axes
+        return primitive.bind(x, msg=msg), axis
+
+    return _rule
+
+
+def _primal_jvp(primals, tangents, *, msg):
+    (x,) = primals
+    (t_x,) = tangents
+    out = _primal_p.bind(x, msg=msg)
+    if isinstance(t_x, ad.Zero):
+        return out, t_x
+    return out, _tangent_p.bind(ad.instantiate_zeros(t_x), msg=msg)
+
+
+def _tangent_transpose(ct, x, *, msg):
+    del x, msg
+    return [ct]
+
+
+_primal_p.def_impl(_identity)
+_primal_p.def_abstract_eval(_identity)
+ad.primitive_jvps[_primal_p] = _primal_jvp
+batching.primitive_batchers[_primal_p] = _batch(_primal_p)
+mlir.register_lowering(_primal_p, mlir.lower_fun(_identity, multiple_results=False))
+
+_tangent_p.def_impl(_refuse)
+_tangent_p.def_abstract_eval(_identity)
+ad.deflinear2(_tangent_p, _tangent_transpose)
+batching.primitive_batchers[_tangent_p] = _batch(_tangent_p)
+mlir.register_lowering(_tangent_p, lambda ctx, x, *, msg: _refuse(x, msg=msg))
+
+
+def reverse_mode_only(x: PyTree, msg: str) -> PyTree:
+    """Returns `x`. Raises a `NotImplementedError` with the message `msg` if it is
+    differentiated in forward mode: at once, or when the derivative is compiled."""
+    dynamic, static = eqx.partition(x, eqx.is_inexact_array)
+    dynamic = jtu.tree_map(lambda y: _primal_p.bind(y, msg=msg), dynamic)
+    return eqx.combine(dynamic, static)

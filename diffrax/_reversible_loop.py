@@ -1,0 +1,431 @@
+"""The integration loop of `ReversibleAdjoint`, and its derivative.
+
+Forward, this is Diffrax's own loop, which leaves a record of the times of its steps.
+Backward, it is a loop over these steps from the last to the first, which undoes each,
+linearises it where it started, and pulls the cotangents back through it.
+"""
+
+import functools as ft
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import equinox.internal as eqxi
+import jax
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, PyTree
+
+from ._custom_types import Args, DenseInfo, IntScalarLike, Y
+from ._saveat import SaveAt
+from ._solver import AbstractReversibleSolver
+from ._step_record import may_jump, Step, StepRecord
+from ._term import AbstractTerm
+from ._upstream_adjoint import _inner_loop
+
+
+_filter_inexact = ft.partial(eqx.filter, filter_spec=eqx.is_inexact_array)
+
+
+def as_arrays(tree: PyTree) -> PyTree:
+    return jtu.tree_map(lambda x: jnp.asarray(x) if eqx.is_array_like(x) else x, tree)
+
+
+def _add(x: PyTree, y: PyTree) -> PyTree:
+    return jtu.tree_map(jnp.add, x, y)
+
+
+def _zeros_like(tree: PyTree) -> PyTree:
+    return jtu.tree_map(jnp.zeros_like, tree)
+
+
+#
+# Closing over nothing.
+#
+# The functions inside `args` and `terms` may close over values that are being
+# differentiated. A custom derivative rule cannot do so. So every function that is called
+# below this point is first turned into one that holds such values as part of its PyTree
+# structure.
+#
+
+
+class ClosedSolve(eqx.Module):
+    """A differential equation solve in terms of functions that close over nothing.
+
+    - `forward`: makes the whole solve; a function of `(y, solver_state, args, terms)`
+        that returns `(final_state, aux_stats, record)`.
+    - `local`: makes one step; a function of `(terms, step, y0, args, solver_state)` that
+        returns `(y1, dense_info, solver_state)`. This is what is differentiated.
+    - `reverse`: undoes one step; a function of `(terms, step, y1, args, solver_state)`
+        that returns `(y0, dense_info, solver_state)`.
+    """
+
+    forward: Callable
+    local: Callable
+    reverse: Callable
+
+
+def set_y_and_solver_state(state: Any, y: Y, solver_state: PyTree) -> Any:
+    return eqx.tree_at(
+        lambda s: (s.y, s.solver_state),
+        state,
+        (y, solver_state),
+        is_leaf=lambda x: x is None,
+    )
+
+
+def close_solve(
+    loop: Callable,
+    y: Y,
+    solver_state: PyTree,
+    args: Args,
+    terms: PyTree[AbstractTerm],
+    *,
+    name: str,
+    solver: AbstractReversibleSolver,
+    init_state: Any,
+    max_steps: int,
+    stepsize_controller: Any,
+    **kwargs: Any,
+) -> ClosedSolve:
+    """Prepares a solve for [`diffrax._reversible_loop.reversible_loop`][].
+
+    The arguments are those of [`diffrax.AbstractAdjoint.loop`][]. In addition, `loop` is
+    the integration loop, and `name` is what to call its adjoint in error messages.
+    """
+    jumps = init_state.made_jump is not False or may_jump(stepsize_controller)
+    recorded = solver.record_state(solver_state)
+    empty_record = StepRecord.allocate(init_state.tprev, max_steps, jumps, recorded)
+
+    def forward(_y, _solver_state, _args, _terms):
+        _init_state = set_y_and_solver_state(init_state, _y, _solver_state)
+        _loop = ft.partial(
+            loop,
+            args=_args,
+            terms=_terms,
+            solver=solver,
+            init_state=_init_state,
+            max_steps=max_steps,
+            stepsize_controller=stepsize_controller,
+            **kwargs,
+        )
+        return _loop_and_record(_loop, solver, empty_record)
+
+    def local(_terms, _step, _y0, _args, _solver_state):
+        _y1, _, _dense_info, _solver_state, _ = solver.step(
+            _terms, _step.t0, _step.t1, _y0, _args, _solver_state, _step.made_jump
+        )
+        return _y1, _dense_info, as_arrays(_solver_state)
+
+    def reverse(_terms, _step, _y1, _args, _solver_state):
+        _solver_state = solver.restore_state(
+            _terms,
+            _step.t1,
+            _y1,
+            _args,
+            _solver_state,
+            _step.solver_state,
+            _step.next_made_jump,
+        )
+        _y0, _dense_info, _solver_state = solver.backward_step(
+            _terms, _step.t0, _step.t1, _y1, _args, _solver_state, _step.made_jump
+        )
+        return _y0, _dense_info, as_arrays(_solver_state)
+
+    step = eqx.filter_eval_shape(empty_record.read, 0, 1)
+    local = eqx.filter_closure_convert(local, terms, step, y, args, solver_state)
+    reverse = eqx.filter_closure_convert(reverse, terms, step, y, args, solver_state)
+    forward = eqx.filter_closure_convert(forward, y, solver_state, args, terms)
+    # `local` is what passes on the gradient with respect to anything that it closes
+    # over. Anything else does not have one.
+    has_gradient = {id(x) for x in local.consts}
+    return ClosedSolve(
+        forward=_without_gradient(forward, has_gradient, name),
+        local=local,
+        reverse=_without_gradient(reverse, has_gradient, name),
+    )
+
+
+def _without_gradient(closed: Any, has_gradient: set[int], name: str) -> Any:
+    msg = (
+        f"Cannot differentiate, when using `adjoint={name}()`, with respect to a value "
+        "that only the step size controller, `t0`, `t1`, `dt0` or `SaveAt(ts=...)` "
+        "depends on. Consider using `adjoint=RecursiveCheckpointAdjoint()`, or wrapping "
+        "the value in `jax.lax.stop_gradient`."
+    )
+    consts = [
+        lax.stop_gradient(x)
+        if id(x) in has_gradient
+        else eqxi.nondifferentiable(x, msg=msg)
+        for x in closed.consts
+    ]
+    return eqx.tree_at(lambda c: c.consts, closed, consts)
+
+
+#
+# Forward.
+#
+
+
+def _loop_and_record(
+    loop: Callable, solver: AbstractReversibleSolver, record: StepRecord
+) -> tuple[Any, Any, StepRecord]:
+    """Runs `loop`, recording every accepted step."""
+    final_record = None
+
+    def outer_while_loop(cond_fun, body_fun, init_val, *, max_steps, buffers):
+        def _cond_fun(val):
+            state, _ = val
+            return cond_fun(state)
+
+        def _body_fun(val):
+            state, _record = val
+            new_state = body_fun(state)
+            _record = _record.write(
+                state.num_accepted_steps,
+                state.tprev,
+                state.tnext,
+                state.made_jump,
+                solver.record_state(state.solver_state),
+                pred=new_state.num_accepted_steps > state.num_accepted_steps,
+            )
+            return new_state, _record
+
+        def _buffers(val):
+            state, _record = val
+            return buffers(state), _record.buffers
+
+        nonlocal final_record
+        final_val, final_record = eqxi.while_loop(
+            _cond_fun,
+            _body_fun,
+            (init_val, record),
+            max_steps=max_steps,
+            buffers=_buffers,
+            kind="lax",
+        )
+        return final_val
+
+    final_state, aux_stats = loop(
+        inner_while_loop=ft.partial(_inner_loop, kind="lax"),
+        outer_while_loop=outer_while_loop,
+    )
+    assert final_record is not None
+    return final_state, aux_stats, final_record
+
+
+# Computes derivatives with respect to the first argument:
+# - `y` and `solver_state`, at the start of the solve. (If `solver_state` came from
+#   `solver.init`, then JAX takes its gradient on to `y0`, `args` and `terms`.);
+# - `args`, corresponding to explicit parameters;
+# - `terms`, corresponding to implicit parameters as part of the vector field;
+# - `local`, corresponding to parameters that the vector field closes over.
+# There are none with respect to any of the times, nor the step size controller.
+@eqx.filter_custom_vjp
+def reversible_loop(
+    y__solver_state__args__terms__local, *, forward, reverse, saveat, t0, t1, solver
+):
+    """Solves a differential equation, and differentiates it by undoing each step."""
+    del reverse, saveat, t0, t1, solver
+    y, solver_state, args, terms, _ = y__solver_state__args__terms__local
+    final_state, aux_stats, _ = forward(y, solver_state, args, terms)
+    return final_state, aux_stats
+
+
+@reversible_loop.def_fwd
+def _reversible_loop_fwd(
+    perturbed,
+    y__solver_state__args__terms__local,
+    *,
+    forward,
+    reverse,
+    saveat,
+    t0,
+    t1,
+    solver,
+):
+    del perturbed, reverse, saveat, t0, t1, solver
+    y, solver_state, args, terms, _ = y__solver_state__args__terms__local
+    final_state, aux_stats, record = forward(y, solver_state, args, terms)
+    # Everything here but the record is of the size of one state.
+    residuals = (
+        final_state.y,
+        as_arrays(final_state.solver_state),
+        final_state.num_accepted_steps,
+        final_state.save_state.saveat_ts_index,
+        final_state.save_state.save_index,
+        record,
+    )
+    return (final_state, aux_stats), residuals
+
+
+#
+# Backward.
+#
+
+
+@reversible_loop.def_bwd
+def _reversible_loop_bwd(
+    residuals,
+    grad_final_state__aux_stats,
+    perturbed,
+    y__solver_state__args__terms__local,
+    *,
+    forward,
+    reverse,
+    saveat,
+    t0,
+    t1,
+    solver,
+):
+    del forward
+    y1, solver_state1, num_steps, num_ts, num_saved, record = residuals
+    del residuals
+    grad_final_state, _ = grad_final_state__aux_stats
+    grad_ys = grad_final_state.save_state.ys
+    del grad_final_state__aux_stats, grad_final_state
+    y0, solver_state0, args, terms, local = y__solver_state__args__terms__local
+    _, _, *perturbed_params = perturbed
+    del y__solver_state__args__terms__local, perturbed
+
+    # The cotangents of what was saved, each one or more rows of `grad_ys`:
+    # `[t0, ts[0], ..., ts[num_ts - 1], t1]`, of which each may be missing.
+    grad_ys = _materialise_zeros(grad_ys, y0, saveat)
+    ts_offset = 1 if saveat.subs.t0 else 0
+    grad_y1 = _zeros_like(_filter_inexact(y1))
+    if saveat.subs.t1:
+        grad_y1 = jtu.tree_map(lambda g: g[num_saved - 1], grad_ys)
+
+    # Parameters that are not being differentiated need no gradient, so do not compute
+    # any.
+    params, nondiff_params = eqx.partition(
+        (args, terms, local), tuple(perturbed_params)
+    )
+
+    def cond_fun(carry):
+        index, *_ = carry
+        return index > 0
+
+    def body_fun(carry):
+        index, ts_index, y1, solver_state1, grad_y1, grad_solver_state1, grads = carry
+        index = index - 1
+        step = record.read(index, num_steps)
+        y0, dense_info, solver_state0 = reverse(terms, step, y1, args, solver_state1)
+        if saveat.subs.ts is None:
+            grad_dense_info = None
+        else:
+            ts_index, grad_dense_info = _pull_back_ts(
+                saveat.subs.ts, ts_index, ts_offset, grad_ys, step, dense_info, solver
+            )
+        grad_y0, grad_solver_state0, step_grads = _pull_back_step(
+            step,
+            y0,
+            solver_state0,
+            params,
+            nondiff_params,
+            (grad_y1, grad_solver_state1, grad_dense_info),
+        )
+        grads = _add(grads, step_grads)
+        return index, ts_index, y0, solver_state0, grad_y0, grad_solver_state0, grads
+
+    init_carry = (
+        num_steps,
+        num_ts,
+        y1,
+        solver_state1,
+        grad_y1,
+        _zeros_like(_filter_inexact(solver_state1)),
+        _zeros_like(params),
+    )
+    final_carry = lax.while_loop(cond_fun, body_fun, init_carry)
+    _, _, _, _, grad_y0, grad_solver_state0, grads = final_carry
+
+    if saveat.subs.t0:
+        grad_y0 = _add(grad_y0, jtu.tree_map(lambda g: g[0], grad_ys))
+    if saveat.subs.ts is not None:
+        # Without any step everything that was saved is `y0` itself.
+        at_ts = slice(ts_offset, ts_offset + len(saveat.subs.ts))
+        grad_y0 = jtu.tree_map(
+            lambda g, gs: g + jnp.where(t0 == t1, jnp.sum(gs[at_ts], axis=0), 0),
+            grad_y0,
+            grad_ys,
+        )
+    return (grad_y0, grad_solver_state0, *grads)
+
+
+def _materialise_zeros(grad_ys: PyTree, y0: Y, saveat: SaveAt) -> PyTree:
+    subs = saveat.subs
+    size = subs.t0 + (0 if subs.ts is None else len(subs.ts)) + subs.t1
+
+    def _materialise(_y, _grad):
+        if _grad is None:
+            return jnp.zeros((size, *_y.shape), _y.dtype)
+        return _grad
+
+    return jtu.tree_map(_materialise, _filter_inexact(y0), grad_ys)
+
+
+def _pull_back_ts(
+    ts: Array,
+    ts_index: IntScalarLike,
+    ts_offset: int,
+    grad_ys: PyTree[Array],
+    step: Step,
+    dense_info: DenseInfo,
+    solver: AbstractReversibleSolver,
+) -> tuple[IntScalarLike, PyTree[Array]]:
+    """Pulls the cotangents of the output that was saved during this step back through
+    the interpolation, onto `dense_info`."""
+    diff, nondiff = eqx.partition(dense_info, eqx.is_inexact_array)
+
+    def cond_fun(carry):
+        index, _ = carry
+        return (index > 0) & (ts[jnp.maximum(index - 1, 0)] > step.previous_t1)
+
+    def body_fun(carry):
+        index, grad_dense_info = carry
+        index = index - 1
+
+        def _evaluate(_diff):
+            _interpolation = solver.interpolation_cls(
+                t0=step.t0, t1=step.t1, **eqx.combine(_diff, nondiff)
+            )
+            return _interpolation.evaluate(ts[index])
+
+        y, pull_back = jax.vjp(_evaluate, diff)
+        grad_y = jtu.tree_map(
+            lambda g, _y: g[ts_offset + index].astype(_y.dtype), grad_ys, y
+        )
+        (grad,) = pull_back(grad_y)
+        return index, _add(grad_dense_info, grad)
+
+    return lax.while_loop(cond_fun, body_fun, (ts_index, _zeros_like(diff)))
+
+
+def _pull_back_step(
+    step: Step,
+    y0: Y,
+    solver_state0: PyTree,
+    params: PyTree,
+    nondiff_params: PyTree,
+    cotangents: tuple[PyTree, PyTree, PyTree | None],
+) -> tuple[PyTree, PyTree, PyTree]:
+    """Pulls cotangents of `(y1, solver_state1, dense_info)` back through one step, onto
+    `(y0, solver_state0, params)`."""
+    diff_state, nondiff_state = eqx.partition((y0, solver_state0), eqx.is_inexact_array)
+    *_, grad_dense_info = cotangents
+
+    def _local(_diff_state, _params):
+        _y0, _solver_state0 = eqx.combine(_diff_state, nondiff_state)
+        _args, _terms, _closed = eqx.combine(_params, nondiff_params)
+        _y1, _dense_info, _solver_state1 = _closed(
+            _terms, step, _y0, _args, _solver_state0
+        )
+        if grad_dense_info is None:
+            _dense_info = None
+        return _filter_inexact((_y1, _solver_state1, _dense_info))
+
+    _, pull_back = jax.vjp(_local, diff_state, params)
+    (grad_y0, grad_solver_state0), grads = pull_back(cotangents)
+    return grad_y0, grad_solver_state0, grads

@@ -1,0 +1,127 @@
+import equinox as eqx
+import equinox.internal as eqxi
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import optimistix as optx
+from equinox.internal import ω
+from jaxtyping import PyTree
+
+from .._custom_types import Args, BoolScalarLike, DenseInfo, RealScalarLike, Y
+from .._term import AbstractTerm
+from ._upstream_reversible_heun import (
+    _SolverState as _SolverState,
+    ReversibleHeun as _ReversibleHeun,
+)
+from .base import AbstractReversibleSolver
+
+
+class ReversibleHeun(_ReversibleHeun, AbstractReversibleSolver):
+    r"""Reversible Heun method.
+
+    2nd order method with an embedded 1st order method for adaptive step sizing. Uses 1
+    evaluation of the vector field for each step. Uses 1st order local linear
+    interpolation for dense/ts output.
+
+    When used to solve SDEs, converges to the Stratonovich solution.
+
+    Algebraically reversible: `backward_step` takes one evaluation of the vector field
+    and is exact up to rounding, for any step sizes. The exception is a step that starts
+    with a jump (`made_jump=True`). There the vector field was evaluated at $y_0$
+    itself, so that $y_0$ is found by a fixed-point iteration to rounding level, which
+    raises an error if it does not converge (if the step size times the Lipschitz
+    constant of the vector field exceeds about 2).
+
+    Only stable for the eigenvalues of the Jacobian on the imaginary axis (with $|h
+    \lambda| \leq 1$), so not for stiff problems, nor over long times for problems with
+    strong dissipation.
+
+    ??? cite "Reference"
+
+        ```bibtex
+        @article{kidger2021efficient,
+            author={Kidger, Patrick and Foster, James and Li, Xuechen and Lyons, Terry},
+            title={{E}fficient and {A}ccurate {G}radients for {N}eural {SDE}s},
+            year={2021},
+            journal={Advances in Neural Information Processing Systems}
+        }
+        ```
+    """
+
+    def backward_step(
+        self,
+        terms: AbstractTerm,
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        y1: Y,
+        args: Args,
+        solver_state: _SolverState,
+        made_jump: BoolScalarLike,
+    ) -> tuple[Y, DenseInfo, _SolverState]:
+        yhat1, vf1 = solver_state
+
+        control = terms.contr(t0, t1)
+        yhat0 = (2 * y1**ω - yhat1**ω - terms.prod(vf1, control) ** ω).ω
+        vf0 = terms.vf(t0, yhat0, args)
+
+        def start(_vf0):
+            return (y1**ω - 0.5 * terms.prod((_vf0**ω + vf1**ω).ω, control) ** ω).ω
+
+        y0 = start(vf0)
+        if made_jump is not False:
+            # `step` used the vector field at `y0`, rather than that at `yhat0`.
+            y0 = lax.cond(
+                eqxi.unvmap_any(made_jump),
+                lambda: lax.cond(
+                    made_jump,
+                    lambda: _fixed_point(lambda y: start(terms.vf(t0, y, args)), y0),
+                    lambda: y0,
+                ),
+                lambda: y0,
+            )
+
+        dense_info = dict(y0=y0, y1=y1)
+        return y0, dense_info, (yhat0, vf0)
+
+    def restore_state(
+        self,
+        terms: AbstractTerm,
+        t1: RealScalarLike,
+        y1: Y,
+        args: Args,
+        solver_state: _SolverState,
+        recorded: PyTree,
+        made_jump: BoolScalarLike,
+    ) -> _SolverState:
+        del y1, recorded
+        if made_jump is False:
+            return solver_state
+        yhat1, vf1 = solver_state
+        # Undoing a step across a jump leaves us with the vector field after the jump.
+        vf1 = lax.cond(
+            eqxi.unvmap_any(made_jump),
+            lambda: lax.cond(made_jump, lambda: terms.vf(t1, yhat1, args), lambda: vf1),
+            lambda: vf1,
+        )
+        return yhat1, vf1
+
+
+def _fixed_point(fn, y):
+    """Solves `fn(y) == y` to rounding level, starting at `y`."""
+    leaves = jtu.tree_leaves(y)
+    if len(leaves) == 0:
+        return y
+    eps = max(jnp.finfo(x.dtype).eps for x in leaves)
+    scale = optx.max_norm(y)
+    solver = optx.FixedPointIteration(rtol=8 * eps, atol=8 * eps * scale)
+    sol = optx.fixed_point(lambda _y, _: fn(_y), solver, y, max_steps=256, throw=False)
+    return eqx.error_if(
+        sol.value,
+        sol.result != optx.RESULTS.successful,
+        "Could not undo the step of `ReversibleHeun` that follows a jump, as its step "
+        "size is too large. Consider reducing the step size, or using a different "
+        "solver, for example `diffrax.UReversible(diffrax.Heun())`.",
+    )
+
+
+ReversibleHeun.__init__.__doc__ = """**Arguments:** None"""
