@@ -65,7 +65,8 @@ class ReversibleAdjoint(AbstractAdjoint):
     It needs a solver whose steps can be undone, that is a
     [`diffrax.AbstractReversibleSolver`][]:
 
-    - [`diffrax.UReversible`][], which makes any explicit Runge--Kutta method reversible;
+    - [`diffrax.UReversible`][], which makes any explicit Runge--Kutta method
+        reversible;
     - [`diffrax.ReversibleHeun`][], [`diffrax.LeapfrogMidpoint`][] or
         [`diffrax.SemiImplicitEuler`][];
     - any of these inside of [`diffrax.HalfSolver`][], except for `LeapfrogMidpoint`;
@@ -86,8 +87,8 @@ class ReversibleAdjoint(AbstractAdjoint):
 
     !!! info
 
-        This cannot be forward-mode autodifferentiated. (E.g. using `jax.jvp`.) Try using
-        [`diffrax.ForwardMode`][] if you need forward-mode autodifferentiation, or
+        This cannot be forward-mode autodifferentiated. (E.g. using `jax.jvp`.) Try
+        using [`diffrax.ForwardMode`][] if you need forward-mode autodifferentiation, or
         [`diffrax.DirectAdjoint`][] if you need both forward and reverse-mode
         autodifferentiation.
 
@@ -185,9 +186,10 @@ class ReversibleAdjoint(AbstractAdjoint):
         )
         name = type(self).__name__
         msg = (
-            f"Cannot differentiate `diffeqsolve(..., max_steps=None, adjoint={name}())`: "
-            "recording the times of the steps needs memory, the size of which JAX has to "
-            "know in advance. Put a bound on the maximum number of steps."
+            "Cannot differentiate `diffeqsolve(..., max_steps=None, "
+            f"adjoint={name}())`: recording the times of the steps needs memory, the "
+            "size of which JAX has to know in advance. Put a bound on the maximum "
+            "number of steps."
         )
         final_state = eqxi.nondifferentiable_backward(final_state, msg=msg)
         return final_state, aux_stats
@@ -205,8 +207,8 @@ forward-mode autodifferentiation.
 
 
 def _as_reversible(solver: AbstractSolver, name: str) -> AbstractReversibleSolver:
-    # `isinstance` looks through wrappers. Being able to undo the step of the solver inside
-    # does not mean being able to undo that of the wrapper.
+    # `isinstance` looks through wrappers. Being able to undo the step of the solver
+    # inside does not mean being able to undo that of the wrapper.
     if issubclass(type(solver), AbstractReversibleSolver):
         return cast(AbstractReversibleSolver, solver)
     if type(solver) is HalfSolver and issubclass(
@@ -232,8 +234,8 @@ def _check_supported(
 ) -> None:
     if is_unsafe_sde(terms):
         raise ValueError(
-            f"Cannot use `adjoint={name}()` with `UnsafeBrownianPath`: the same Brownian "
-            "increments are needed again on the way back. Consider using "
+            f"Cannot use `adjoint={name}()` with `UnsafeBrownianPath`: the same "
+            "Brownian increments are needed again on the way back. Consider using "
             "`VirtualBrownianTree` instead."
         )
     if jtu.tree_structure(saveat.subs, is_leaf=_is_subsaveat) != jtu.tree_structure(0):
@@ -263,8 +265,8 @@ def _nondifferentiable_input(x: PyTree, what: str, *, name: str) -> PyTree:
 
 
 def _only_differentiate_ys(final_state: Any, name: str) -> Any:
-    """Makes it an error to differentiate anything in `final_state` but what was saved of
-    `y`, rather than for it to have a gradient of zero."""
+    """Makes it an error to differentiate anything in `final_state` but what was saved
+    of `y`, rather than for it to have a gradient of zero."""
 
     def refuse(x, what):
         msg = (

@@ -14,8 +14,8 @@ from jaxtyping import PyTree
 # primitives. The first stands in the function that is differentiated; the second in its
 # linearisation, where it can be transposed, but neither evaluated nor compiled.
 #
-# (This is as far as the differentiation of a `jax.custom_vjp` gets by itself, but for an
-# error that tells its users what to do instead.)
+# (This is as far as the differentiation of a `jax.custom_vjp` gets by itself, but for
+# an error that tells its users what to do instead.)
 _primal_p = jex.core.Primitive("reverse_mode_only")
 _tangent_p = jex.core.Primitive("reverse_mode_only_tangent")
 

@@ -44,9 +44,9 @@ def _zeros_like(tree: PyTree) -> PyTree:
 # Closing over nothing.
 #
 # The functions inside `args` and `terms` may close over values that are being
-# differentiated. A custom derivative rule cannot do so. So every function that is called
-# below this point is first turned into one that holds such values as part of its PyTree
-# structure.
+# differentiated. A custom derivative rule cannot do so. So every function that is
+# called below this point is first turned into one that holds such values as part of its
+# PyTree structure.
 #
 
 
@@ -55,8 +55,8 @@ class ClosedSolve(eqx.Module):
 
     - `forward`: makes the whole solve; a function of `(y, solver_state, args, terms)`
         that returns `(final_state, aux_stats, record)`.
-    - `local`: makes one step; a function of `(terms, step, y0, args, solver_state)` that
-        returns `(y1, dense_info, solver_state)`. This is what is differentiated.
+    - `local`: makes one step; a function of `(terms, step, y0, args, solver_state)`
+        that returns `(y1, dense_info, solver_state)`. This is what is differentiated.
     - `reverse`: undoes one step; a function of `(terms, step, y1, args, solver_state)`
         that returns `(y0, dense_info, solver_state)`.
     """
@@ -91,8 +91,8 @@ def close_solve(
 ) -> ClosedSolve:
     """Prepares a solve for [`diffrax._reversible_loop.reversible_loop`][].
 
-    The arguments are those of [`diffrax.AbstractAdjoint.loop`][]. In addition, `loop` is
-    the integration loop, and `name` is what to call its adjoint in error messages.
+    The arguments are those of [`diffrax.AbstractAdjoint.loop`][]. In addition, `loop`
+    is the integration loop, and `name` is what to call its adjoint in error messages.
     """
     jumps = init_state.made_jump is not False or may_jump(stepsize_controller)
     recorded = solver.record_state(solver_state)
@@ -150,8 +150,8 @@ def close_solve(
 def _without_gradient(closed: Any, has_gradient: set[int], name: str) -> Any:
     msg = (
         f"Cannot differentiate, when using `adjoint={name}()`, with respect to a value "
-        "that only the step size controller, `t0`, `t1`, `dt0` or `SaveAt(ts=...)` "
-        "depends on. Consider using `adjoint=RecursiveCheckpointAdjoint()`, or wrapping "
+        "that only the step size controller, its state, or the times of the solve "
+        "depend on. Consider using `adjoint=RecursiveCheckpointAdjoint()`, or wrapping "
         "the value in `jax.lax.stop_gradient`."
     )
     consts = [

@@ -17,10 +17,10 @@ class LeapfrogMidpoint(_LeapfrogMidpoint, AbstractReversibleSolver):
     2nd order linear multistep method. Does not support adaptive step sizing. Uses 1st
     order local linear interpolation for dense/ts output.
 
-    Algebraically reversible: $y_{n-1} = y_{n+1} - (t_{n+1} - t_{n-1}) f(t_n, y_n)$ takes
-    one evaluation of the vector field, and is exact up to rounding for any step sizes.
-    The time $t_{n-1}$ is the one thing that going backwards cannot compute when the
-    steps vary in size; it is recorded (one scalar for each step).
+    Algebraically reversible: $y_{n-1} = y_{n+1} - (t_{n+1} - t_{n-1}) f(t_n, y_n)$
+    takes one evaluation of the vector field, and is exact up to rounding for any step
+    sizes. The time $t_{n-1}$ is the one thing that going backwards cannot compute when
+    the steps vary in size; it is recorded (one scalar for each step).
 
     Only stable for the eigenvalues of the Jacobian on the imaginary axis (with $|h
     \lambda| \leq 1$), so not for problems with dissipation: the difference between

@@ -1,3 +1,4 @@
+import functools as ft
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -7,14 +8,13 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 from equinox.internal import ω
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Int, PyTree
 
 from .._custom_types import (
     Args,
     BoolScalarLike,
     Control,
     DenseInfo,
-    IntScalarLike,
     RealScalarLike,
     VF,
     Y,
@@ -33,11 +33,34 @@ from .euler import Euler
 from .runge_kutta import AbstractERK, AbstractRungeKutta, ButcherTableau
 
 
-# The number of steps made, and for each leaf of `y` the sum of its mean square over
-# these steps: the size of the solution, against which to judge the gap.
-_Size: TypeAlias = tuple[IntScalarLike, PyTree[Array]]
-# The second state `z`, and the size of the solution so far.
-_SolverState: TypeAlias = tuple[PyTree, _Size]
+class _History(eqx.Module):
+    """What the solve has been like so far, for each leaf of `y`: that against which to
+    judge the gap. Every step can be added to it, and taken away from it again."""
+
+    num_steps: Int[Array, ""]
+    # The sum of the mean squares of the solution after each step.
+    squares: PyTree[Array]
+    # The sum of the norms of the error estimates, damped in each step as the gap is.
+    errors: PyTree[Array]
+
+    @classmethod
+    def start(cls, y0: Y) -> "_History":
+        squares = jtu.tree_map(_mean_square, y0)
+        return cls(jnp.asarray(1), squares, jtu.tree_map(jnp.zeros_like, squares))
+
+    def add(self, y1: Y, error: Y, damping: float) -> "_History":
+        squares = (self.squares**ω + ω(y1).call(_mean_square)).ω
+        errors = (damping * self.errors**ω + ω(error).call(_norm)).ω
+        return _History(self.num_steps + 1, squares, errors)
+
+    def remove(self, y1: Y, error: Y, damping: float) -> "_History":
+        squares = (self.squares**ω - ω(y1).call(_mean_square)).ω
+        errors = ((self.errors**ω - ω(error).call(_norm)) / damping).ω
+        return _History(self.num_steps - 1, squares, errors)
+
+
+# The second state `z`, and the history.
+_SolverState: TypeAlias = tuple[PyTree, _History]
 
 # Euler's method together with an evaluation at the end of the step, as in any FSAL
 # method. `UReversible` has that evaluation anyway; half the difference to Heun's method
@@ -63,8 +86,8 @@ class UReversible(
     with a second copy of the state.
 
     With $\Psi_h(t, y)$ the increment of the wrapped method over a step of size $h$,
-    $\lambda$ the coupling parameter and $z$ the second state ($z = y$ at the start), one
-    step is
+    $\lambda$ the coupling parameter and $z$ the second state ($z = y$ at the start),
+    one step is
 
     $$y_1 = \lambda y_0 + (1 - \lambda) z_0 + \Psi_h(t_0, z_0)$$
 
@@ -75,15 +98,16 @@ class UReversible(
     the place of $h$.
 
     The order of convergence is that of the wrapped method. Each step makes twice its
-    evaluations of the vector field, forward and backward alike; an error estimate and an
-    interpolation of the same order as those of the wrapped method come with that. When
-    solving SDEs, converges to the Stratonovich solution if the wrapped method does.
+    evaluations of the vector field, forward and backward alike; an error estimate and
+    an interpolation of the same order as those of the wrapped method come with that.
+    When solving SDEs, converges to the Stratonovich solution if the wrapped method
+    does.
 
     **What is reversed, and how well.** `backward_step` is exact up to rounding, for any
     step sizes. Going back over $n$ steps multiplies that rounding by up to
-    $\lambda^{-n}$: with the default coupling parameter by $e^{10}$ over 10,000 steps. For
-    more steps choose a coupling parameter nearer to one, so that $n (1 - \lambda)$ stays
-    below 10 or so.
+    $\lambda^{-n}$: with the default coupling parameter by $e^{10}$ over 10,000 steps.
+    For more steps choose a coupling parameter nearer to one, so that $n (1 - \lambda)$
+    stays below 10 or so.
 
     !!! warning "When not to use this"
 
@@ -101,8 +125,10 @@ class UReversible(
             chooses steps that are small enough to keep it near the tolerance. That can
             be very many steps;
         - a solve fails (with `RESULTS.nonlinear_divergence`, or `RESULTS.nonfinite`) if
-            the gap exceeds both `max_gap` times the root-mean-square value of the
-            solution so far, and the increment of the step.
+            the gap exceeds `max_gap` times the root-mean-square value of the solution
+            so far, unless that can be put down to the error estimates: to steps that
+            are large, rather than unstable. (Around Euler's method, which cannot tell
+            the two apart, if it exceeds 10 times as much.)
 
     ??? cite "Reference"
 
@@ -124,9 +150,9 @@ class UReversible(
         name = type(self.solver).__name__
         if isinstance(self.solver, AbstractWrappedSolver):
             raise ValueError(
-                f"Cannot use `UReversible({name}(...))`: it wraps explicit Runge--Kutta "
-                "methods, not other wrappers. Wrap the method itself, and apply the "
-                "other wrapper to the result, for example "
+                f"Cannot use `UReversible({name}(...))`: it wraps explicit "
+                "Runge--Kutta methods, not other wrappers. Wrap the method itself, and "
+                "apply the other wrapper to the result, for example "
                 "`HalfSolver(UReversible(Heun()))`."
             )
         if isinstance(self.solver, AbstractRungeKutta):
@@ -137,8 +163,8 @@ class UReversible(
                 )
             if type(self.solver).step is not AbstractRungeKutta.step:
                 raise ValueError(
-                    f"Cannot use `UReversible({name}())`: its `step` is not that of its "
-                    "Butcher tableau. Consider subclassing "
+                    f"Cannot use `UReversible({name}())`: its `step` is not that of "
+                    "its Butcher tableau. Consider subclassing "
                     "`diffrax.AbstractReversibleSolver` instead."
                 )
         if not 0 < self.coupling_parameter < 1:
@@ -149,8 +175,9 @@ class UReversible(
             )
         if not self.max_gap > 0:
             raise ValueError(
-                "Must have `max_gap > 0` in `UReversible(solver, max_gap=...)`, but got "
-                f"{self.max_gap}. Pass `max_gap=float('inf')` to never fail a solve."
+                "Must have `max_gap > 0` in `UReversible(solver, max_gap=...)`, but "
+                f"got {self.max_gap}. Pass `max_gap=float('inf')` to never fail a "
+                "solve."
             )
 
     @property
@@ -206,7 +233,7 @@ class UReversible(
                 "Consider using `UReversible(Heun())`, together with the Stratonovich "
                 "form of the SDE."
             )
-        return y0, (jnp.asarray(1), jtu.tree_map(_mean_square, y0))
+        return y0, _History.start(y0)
 
     def step(
         self,
@@ -219,7 +246,7 @@ class UReversible(
         made_jump: BoolScalarLike,
     ) -> tuple[Y, Y, DenseInfo, _SolverState, RESULTS]:
         del made_jump  # No vector field is carried over from the last step.
-        z0, size0 = solver_state
+        z0, history0 = solver_state
         tableau = self._tableau
         control = terms.contr(t0, t1)
 
@@ -233,11 +260,12 @@ class UReversible(
         gap1 = (y1**ω - z1**ω).ω
 
         k = _last_stage(tableau, k, k_back)
-        y_error = jtu.tree_map(self._error, _combine(tableau.b_error, k), gap0, gap1)
-        size1 = _grow(size0, y1)
-        result = self._result(gap1, increment, size1)
+        error = _combine(tableau.b_error, k)
+        history1 = history0.add(y1, error, self.coupling_parameter)
+        y_error = jtu.tree_map(self._error, error, gap0, gap1)
+        result = self._result(gap1, increment, history1)
         dense_info = self._dense_info(y0, y1, gap0, k)
-        return y1, y_error, dense_info, (z1, size1), result
+        return y1, y_error, dense_info, (z1, history1), result
 
     def backward_step(
         self,
@@ -250,7 +278,7 @@ class UReversible(
         made_jump: BoolScalarLike,
     ) -> tuple[Y, DenseInfo, _SolverState]:
         del made_jump
-        z1, size1 = solver_state
+        z1, history1 = solver_state
         tableau = self._tableau
         control = terms.contr(t0, t1)
 
@@ -262,44 +290,57 @@ class UReversible(
         y0 = (z0**ω + gap0**ω).ω
 
         k = _last_stage(tableau, k, k_back)
+        error = _combine(tableau.b_error, k)
+        history0 = history1.remove(y1, error, self.coupling_parameter)
         dense_info = self._dense_info(y0, y1, gap0, k)
-        return y0, dense_info, (z0, _shrink(size1, y1))
+        return y0, dense_info, (z0, history0)
 
     def func(self, terms: AbstractTerm, t0: RealScalarLike, y0: Y, args: Args) -> VF:
         return self.solver.func(terms, t0, y0, args)
 
     def _error(self, error, gap0, gap1):
         # The smaller the step, the nearer the gap comes to being multiplied by the
-        # coupling parameter. A gap that shrinks like this is no reason to reject a step:
-        # as no smaller step could do any better, every step would be rejected if the
-        # gap were just above the tolerance. So the gap is counted in full only if it
-        # does not shrink.
-        norm0 = jnp.sqrt(_mean_square(gap0))
-        norm1 = jnp.sqrt(_mean_square(gap1))
+        # coupling parameter. A gap that shrinks like this is no reason to reject a
+        # step: as no smaller step could do any better, every step would be rejected if
+        # the gap were just above the tolerance. So the gap is counted in full only if
+        # it does not shrink.
+        norm0 = _norm(gap0)
+        norm1 = _norm(gap1)
         shrunk = self.coupling_parameter * norm0
         tiny = jnp.finfo(norm0.dtype).tiny
         growth = (norm1 - shrunk) / (norm0 - shrunk + tiny)
         weight = _gap_weight * jnp.clip(growth, 0, 1)
         return jnp.abs(error) + weight * jnp.abs(lax.stop_gradient(gap1))
 
-    def _result(self, gap1: Y, increment: Y, size1: _Size) -> RESULTS:
-        if len(jtu.tree_leaves(gap1)) == 0:
+    def _result(self, gap1: Y, increment: Y, history1: _History) -> RESULTS:
+        leaves = jtu.tree_leaves
+        if len(leaves(gap1)) == 0:
             return RESULTS.successful
-        num, squares = size1
-        sizes = [jnp.sqrt(x / num) for x in jtu.tree_leaves(squares)]
+        sizes = [
+            jnp.sqrt(x / history1.num_steps.astype(x.dtype))
+            for x in leaves(history1.squares)
+        ]
         diverged = False
         nonfinite = False
-        for gap, inc, size in zip(
-            jtu.tree_leaves(gap1), jtu.tree_leaves(increment), sizes
+        for gap, inc, size, error in zip(
+            leaves(gap1), leaves(increment), sizes, leaves(history1.errors)
         ):
-            # A leaf that is zero up to the rounding errors of the others is none to
+            # A leaf that is zero, up to the rounding errors of the others, is none to
             # judge by.
-            floor = [s.astype(size.dtype) * _sqrt_eps(size) for s in sizes]
-            allowed = self.max_gap * jnp.max(jnp.stack([size, *floor]))
-            gap = jnp.sqrt(_mean_square(gap))
-            allowed = jnp.maximum(allowed, jnp.sqrt(_mean_square(inc)))
-            diverged = diverged | (gap > allowed)
-            nonfinite = nonfinite | ~jnp.isfinite(gap)
+            sqrt_eps = float(np.sqrt(jnp.finfo(size.dtype).eps))
+            size = ft.reduce(
+                jnp.maximum, [sqrt_eps * x.astype(size.dtype) for x in sizes], size
+            )
+            if isinstance(self.solver, Euler):
+                # The error estimate of Euler's method is half of what drives the gap,
+                # be that a large step or an unstable one.
+                allowed = 10 * self.max_gap * size
+            else:
+                allowed = jnp.maximum(self.max_gap * size, 2 * error)
+            # At the start of a solve from zero, `size` is small.
+            allowed = jnp.maximum(allowed, _norm(inc))
+            diverged = diverged | (_norm(gap) > allowed)
+            nonfinite = nonfinite | ~jnp.isfinite(_norm(gap))
         result = RESULTS.where(
             diverged, RESULTS.nonlinear_divergence, RESULTS.successful
         )
@@ -324,12 +365,12 @@ UReversible.__init__.__doc__ = """**Arguments:**
     [`diffrax.Euler`][]. (Its `scan_kind` is not used, as its stages are unrolled here.)
 - `coupling_parameter`: The coupling parameter $\\lambda$; a float between zero and one.
     A smaller value damps the gap between the two states faster, and so stays stable for
-    larger steps, but multiplies the rounding errors by $1/\\lambda$ for each step on the
-    way back.
-- `max_gap`: How large the gap between the two states may become before the solve fails:
+    larger steps, but multiplies the rounding errors by $1/\\lambda$ for each step on
+    the way back.
+- `max_gap`: How large a gap between the two states may become before the solve fails:
     a fraction of the root-mean-square value of the solution, for each leaf of `y0`. The
-    default of 0.1 corresponds to an error of 5 percent. Pass `float("inf")` to let every
-    gap pass.
+    default of 0.1 corresponds to an error of 5 percent. Pass `float("inf")` to let
+    every gap pass.
 
 **Raises:**
 
@@ -344,18 +385,8 @@ def _mean_square(x):
     return jnp.sum(jnp.real(x * jnp.conj(x))) / max(x.size, 1)
 
 
-def _sqrt_eps(x):
-    return float(np.sqrt(jnp.finfo(x.dtype).eps))
-
-
-def _grow(size0: _Size, y1: Y) -> _Size:
-    num, squares = size0
-    return num + 1, jtu.tree_map(lambda s, y: s + _mean_square(y), squares, y1)
-
-
-def _shrink(size1: _Size, y1: Y) -> _Size:
-    num, squares = size1
-    return num - 1, jtu.tree_map(lambda s, y: s - _mean_square(y), squares, y1)
+def _norm(x):
+    return jnp.sqrt(_mean_square(x))
 
 
 def _negative(control: Control) -> Control:
@@ -363,17 +394,15 @@ def _negative(control: Control) -> Control:
 
 
 def _combine(coefficients: np.ndarray, k: list[Y]) -> Y:
-    """`Σ_i coefficients[i] * k[i]`, without those that are zero."""
-    pairs = [(float(c), ki) for c, ki in zip(coefficients, k) if c != 0]
-    if len(pairs) == 0:
+    """`Σ_i coefficients[i] * k[i]`, without those terms that are zero."""
+    terms = [(float(c), k_i) for c, k_i in zip(coefficients, k) if c != 0]
+    if len(terms) == 0:
         return jtu.tree_map(jnp.zeros_like, k[0])
-    return jtu.tree_map(
-        lambda *x: (
-            sum(c * xi for (c, _), xi in zip(pairs[1:], x[1:], strict=True))
-            + pairs[0][0] * x[0]
-        ),
-        *[ki for _, ki in pairs],
-    )
+    (c, k_i), *terms = terms
+    out = c * k_i**ω
+    for c, k_i in terms:
+        out = out + c * k_i**ω
+    return out.ω
 
 
 def _stages(

@@ -12,8 +12,8 @@ class ReversibleHalfSolver(HalfSolver, AbstractReversibleSolver):
     one after the other, and makes the full step once more for the sake of its
     `dense_info`. It is exact up to rounding wherever the solver that it wraps is.
 
-    This is what [`diffrax.ReversibleAdjoint`][] uses in place of a `HalfSolver`. Not for
-    solvers that need to record anything: the record is of whole steps only.
+    This is what [`diffrax.ReversibleAdjoint`][] uses in place of a `HalfSolver`. Not
+    for solvers that need to record anything: the record is of whole steps only.
     """
 
     def __check_init__(self):

@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import equinox as eqx
 import equinox.internal as eqxi
 import jax.lax as lax
@@ -106,14 +108,20 @@ class ReversibleHeun(_ReversibleHeun, AbstractReversibleSolver):
         return yhat1, vf1
 
 
-def _fixed_point(fn, y):
+def _fixed_point(fn: Callable[[Y], Y], y: Y) -> Y:
     """Solves `fn(y) == y` to rounding level, starting at `y`."""
     leaves = jtu.tree_leaves(y)
     if len(leaves) == 0:
         return y
-    eps = max(jnp.finfo(x.dtype).eps for x in leaves)
-    scale = optx.max_norm(y)
-    solver = optx.FixedPointIteration(rtol=8 * eps, atol=8 * eps * scale)
+    tol = 8 * max(float(jnp.finfo(x.dtype).eps) for x in leaves)
+    size = optx.max_norm(y)
+    size = jnp.where(size == 0, 1, size)
+
+    def norm(error):
+        # Relative to the largest entry of `y`, with the dtype that Optimistix expects.
+        return (optx.max_norm(error) / size).astype(jnp.result_type(float))
+
+    solver = optx.FixedPointIteration(rtol=0, atol=tol, norm=norm)
     sol = optx.fixed_point(lambda _y, _: fn(_y), solver, y, max_steps=256, throw=False)
     return eqx.error_if(
         sol.value,

@@ -1,0 +1,151 @@
+"""The law of reversible solvers: a step, and then the step back, is the identity."""
+
+import diffrax
+import equinox as eqx
+import hypothesis
+import hypothesis.strategies as st
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+import pytest
+from diffrax._adjoint import _as_reversible
+
+
+_SOLVERS = {
+    "SemiImplicitEuler": diffrax.SemiImplicitEuler(),
+    "LeapfrogMidpoint": diffrax.LeapfrogMidpoint(),
+    "ReversibleHeun": diffrax.ReversibleHeun(),
+    "HalfSolver(ReversibleHeun)": diffrax.HalfSolver(diffrax.ReversibleHeun()),
+    "HalfSolver(UReversible(Bosh3))": diffrax.HalfSolver(
+        diffrax.UReversible(diffrax.Bosh3())
+    ),
+    "UReversible(Bosh3, 0.5)": diffrax.UReversible(diffrax.Bosh3(), 0.5),
+    **{
+        f"UReversible({cls.__name__})": diffrax.UReversible(cls())
+        for cls in (
+            diffrax.Euler,
+            diffrax.Heun,
+            diffrax.Midpoint,
+            diffrax.Ralston,
+            diffrax.Bosh3,
+            diffrax.Tsit5,
+            diffrax.Dopri5,
+            diffrax.Dopri8,
+        )
+    },
+}
+
+
+def test_every_reversible_solver_is_tested():
+    exported = {
+        cls
+        for cls in vars(diffrax).values()
+        if isinstance(cls, type) and issubclass(cls, diffrax.AbstractReversibleSolver)
+    }
+    tested = {type(solver) for solver in _SOLVERS.values()}
+    assert exported - tested == {diffrax.AbstractReversibleSolver}
+
+
+def _structure(dtype):
+    # Leaves of different shapes and scales.
+    x = lambda *shape: jnp.ones(shape, dtype)
+    return {"a": x(), "b": (100 * x(2, 2), None), "c": [0.01 * x(4), x(0)]}
+
+
+def _field(t, y, scale):
+    # Smooth, nonlinear, not autonomous, of Lipschitz constant 2, and each leaf depends
+    # on all the others.
+    leaves, treedef = jtu.tree_flatten(y)
+    scale_leaves = jtu.tree_leaves(scale)
+    mean = sum(jnp.sum(y_i / s) for y_i, s in zip(leaves, scale_leaves))
+    t = t.astype(mean.dtype)
+    out = [s * jnp.sin(y_i / s + mean / 5 + t) for y_i, s in zip(leaves, scale_leaves)]
+    return jtu.tree_unflatten(treedef, out)
+
+
+def _normal_like(key, tree):
+    leaves, treedef = jtu.tree_flatten(tree)
+    keys = jr.split(key, len(leaves))
+    out = [x * jr.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves)]
+    return jtu.tree_unflatten(treedef, out)
+
+
+@eqx.filter_jit
+def _forward_and_backward(solver, structure, key, steps, made_jump):
+    """Makes two steps, and undoes the second of them. Returns what the solver had before
+    it, and what it has again."""
+    scale = jtu.tree_map(lambda x: jnp.max(x, initial=1e-8), structure)
+    y = _normal_like(key, structure)
+    terms = diffrax.ODETerm(_field)
+    if isinstance(solver, diffrax.SemiImplicitEuler):
+        terms = (terms, terms)
+        y = (y, _normal_like(jr.fold_in(key, 1), structure))
+    ts = jnp.cumsum(steps)
+    solver_state = solver.init(terms, ts[0], ts[1], y, scale)
+    y, _, _, solver_state, _ = solver.step(
+        terms, ts[0], ts[1], y, scale, solver_state, False
+    )
+    t0, t1 = ts[1], ts[2]
+    y1, _, dense_info, solver_state1, _ = solver.step(
+        terms, t0, t1, y, scale, solver_state, made_jump
+    )
+    solver_state1 = solver.restore_state(
+        terms, t1, y1, scale, solver_state1, solver.record_state(solver_state), False
+    )
+    out = solver.backward_step(terms, t0, t1, y1, scale, solver_state1, made_jump)
+    return (y, dense_info, solver_state), out, y1
+
+
+@pytest.mark.parametrize("name", _SOLVERS)
+@pytest.mark.parametrize("dtype", (jnp.float32, jnp.float64))
+@hypothesis.given(
+    seed=st.integers(0, 2**31 - 1),
+    start=st.floats(-5, 5),
+    steps=st.lists(st.floats(1e-3, 0.5), min_size=2, max_size=2),
+    made_jump=st.booleans(),
+)
+@hypothesis.settings(
+    max_examples=10,
+    deadline=None,
+    derandomize=True,
+    # Not `shrink`, which compiles for minutes.
+    phases=(hypothesis.Phase.explicit, hypothesis.Phase.generate),
+)
+def test_step_then_backward_step(name, dtype, seed, start, steps, made_jump):
+    solver = _as_reversible(_SOLVERS[name], "ReversibleAdjoint")
+    steps = jnp.array([start, *steps])
+    before, after, y1 = _forward_and_backward(
+        solver,
+        _structure(dtype),
+        jr.key(seed),
+        steps.astype(dtype),
+        jnp.asarray(made_jump),
+    )
+    assert jtu.tree_structure(before) == jtu.tree_structure(after)
+    # Each of up to about 100 operations rounds numbers up to the size of the largest
+    # that occurs. Dividing by the coupling parameter multiplies what they add up to.
+    tolerance = (
+        200 * float(jnp.finfo(dtype).eps) / getattr(solver, "coupling_parameter", 1.0)
+    )
+    leaves = jtu.tree_leaves((before, y1))
+    floats = [x for x in leaves if eqx.is_inexact_array(x) and x.size > 0]
+    size = max(float(jnp.max(jnp.abs(x))) for x in floats)
+    for x, y in zip(jtu.tree_leaves(before), jtu.tree_leaves(after)):
+        assert jnp.shape(x) == jnp.shape(y)
+        assert jnp.result_type(x) == jnp.result_type(y)
+        if jnp.size(x) > 0:
+            assert float(jnp.max(jnp.abs(x - y))) <= tolerance * size
+
+
+def test_jump_with_too_large_a_step():
+    # `y0 = y1 - 0.5 * h * (f(y0) + f1)` has a solution, but with `h * L = 6` the
+    # iteration does not converge to it.
+    solver = diffrax.ReversibleHeun()
+    term = diffrax.ODETerm(lambda t, y, args: 6 * y)
+    y0 = jnp.array([0.5, 3.0])
+    state = solver.init(term, 0.0, 1.0, y0, None)
+    y1, _, _, state, _ = solver.step(term, 0.0, 1.0, y0, None, state, True)
+    with pytest.raises(RuntimeError, match="follows a jump"):
+        eqx.filter_jit(solver.backward_step)(
+            term, 0.0, 1.0, y1, None, state, jnp.array(True)
+        )
