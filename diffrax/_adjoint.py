@@ -59,8 +59,9 @@ class ReversibleAdjoint(AbstractAdjoint):
     as [`diffrax.RecursiveCheckpointAdjoint`][] does, and agrees with it up to rounding.
     It does so in memory that does not grow with the number of steps, as no states are
     stored. (What does grow is the record of the step times: one number for each of
-    `max_steps` steps.) In time, each step costs one step backward and one
-    vector-Jacobian product, in addition to the step forward.
+    `max_steps` steps; two and a boolean if there may be jumps; and what the solver
+    itself records.) In time, each step costs one step backward and one vector-Jacobian
+    product, in addition to the step forward.
 
     It needs a solver whose steps can be undone, that is a
     [`diffrax.AbstractReversibleSolver`][]:
@@ -75,8 +76,8 @@ class ReversibleAdjoint(AbstractAdjoint):
     Gradients are computed with respect to `y0`, `args`, `terms`, `solver_state` (if
     passed), and whatever the vector field closes over, through `SaveAt(t0=..., t1=...,
     ts=...)`. An attempt to differentiate anything else (the times `t0`, `t1`, `dt0`,
-    `SaveAt(ts=...)` or those of the step size controller; the outputs `Solution.ts` and
-    `Solution.solver_state`) raises an error.
+    `SaveAt(ts=...)` or those of the step size controller; the outputs `Solution.ts`,
+    `Solution.solver_state` and `Solution.controller_state`) raises an error.
 
     !!! warning
 
@@ -200,7 +201,8 @@ ReversibleAdjoint.__init__.__doc__ = """**Arguments:** None
 **Raises:**
 
 When used in [`diffrax.diffeqsolve`][], before anything runs: `ValueError` if the solver
-is not reversible or if there is an `UnsafeBrownianPath`; `NotImplementedError` for an
+is not reversible (or is `HalfSolver(LeapfrogMidpoint())`), or if there is an
+`UnsafeBrownianPath`; `NotImplementedError` for an
 `event`, or for any of `SaveAt(steps=..., dense=..., fn=..., subs=...)`, or for
 forward-mode autodifferentiation.
 """

@@ -89,7 +89,7 @@ def close_solve(
     stepsize_controller: Any,
     **kwargs: Any,
 ) -> ClosedSolve:
-    """Prepares a solve for [`diffrax._reversible_loop.reversible_loop`][].
+    """Prepares a solve for `reversible_loop`.
 
     The arguments are those of [`diffrax.AbstractAdjoint.loop`][]. In addition, `loop`
     is the integration loop, and `name` is what to call its adjoint in error messages.

@@ -55,9 +55,11 @@ class StepRecord(eqx.Module):
     """
 
     start: RealScalarLike
-    t0s: eqxi.MaybeBuffer[Real[Array, " steps"]] | None
+    # The union is inside, as beartype mistakes two unions with a `MaybeBuffer` in them
+    # for the same one.
+    t0s: eqxi.MaybeBuffer[Real[Array, " steps"] | None]
     t1s: eqxi.MaybeBuffer[Real[Array, " steps"]]
-    made_jumps: eqxi.MaybeBuffer[Bool[Array, " steps"]] | None
+    made_jumps: eqxi.MaybeBuffer[Bool[Array, " steps"] | None]
     solver_states: PyTree[eqxi.MaybeBuffer[Shaped[Array, "steps ..."]]]
 
     @classmethod

@@ -155,7 +155,12 @@ class UReversible(
                 "apply the other wrapper to the result, for example "
                 "`HalfSolver(UReversible(Heun()))`."
             )
-        if isinstance(self.solver, AbstractRungeKutta):
+        if not isinstance(self.solver, (AbstractERK, Euler)):
+            raise ValueError(
+                f"Cannot use `UReversible({name}())`: only explicit Runge--Kutta methods "
+                "can be wrapped, for example `UReversible(Tsit5())`."
+            )
+        if isinstance(self.solver, AbstractERK):
             if not isinstance(self.solver.tableau, ButcherTableau):
                 raise ValueError(
                     f"Cannot use `UReversible({name}())`: only methods with a single "
@@ -166,6 +171,12 @@ class UReversible(
                     f"Cannot use `UReversible({name}())`: its `step` is not that of "
                     "its Butcher tableau. Consider subclassing "
                     "`diffrax.AbstractReversibleSolver` instead."
+                )
+        for name in ("coupling_parameter", "max_gap"):
+            if not isinstance(getattr(self, name), (int, float)):
+                raise ValueError(
+                    f"`UReversible(solver, {name}=...)` must be a Python number, but got "
+                    f"{getattr(self, name)}: it is not a parameter to differentiate."
                 )
         if not 0 < self.coupling_parameter < 1:
             raise ValueError(

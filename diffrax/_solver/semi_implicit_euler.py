@@ -24,8 +24,8 @@ class SemiImplicitEuler(_SemiImplicitEuler, AbstractReversibleSolver):
     up to rounding for any step size. (Stepping forward with a negative step is not its
     inverse, but that of the method with the two updates in the opposite order.)
 
-    Not for systems whose energy should not be conserved over long times: there is no
-    damping and no error control.
+    Not for systems with damping, nor where the error has to be controlled: there is no
+    error estimate.
 
     ??? cite "Reference"
 
