@@ -27,6 +27,7 @@ from .base import (
     AbstractAdaptiveSolver,
     AbstractItoSolver,
     AbstractReversibleSolver,
+    AbstractSolver,
     AbstractWrappedSolver,
 )
 from .euler import Euler
@@ -142,9 +143,9 @@ class UReversible(
         ```
     """
 
-    solver: AbstractERK | Euler
-    coupling_parameter: float = eqx.field(default=0.999, static=True)
-    max_gap: float = eqx.field(default=0.1, static=True)
+    solver: AbstractSolver
+    coupling_parameter: RealScalarLike = 0.999
+    max_gap: RealScalarLike = 0.1
 
     def __check_init__(self):
         name = type(self.solver).__name__
@@ -157,8 +158,8 @@ class UReversible(
             )
         if not isinstance(self.solver, (AbstractERK, Euler)):
             raise ValueError(
-                f"Cannot use `UReversible({name}())`: only explicit Runge--Kutta methods "
-                "can be wrapped, for example `UReversible(Tsit5())`."
+                f"Cannot use `UReversible({name}())`: only explicit Runge--Kutta "
+                "methods can be wrapped, for example `UReversible(Tsit5())`."
             )
         if isinstance(self.solver, AbstractERK):
             if not isinstance(self.solver.tableau, ButcherTableau):
@@ -173,10 +174,11 @@ class UReversible(
                     "`diffrax.AbstractReversibleSolver` instead."
                 )
         for name in ("coupling_parameter", "max_gap"):
-            if not isinstance(getattr(self, name), (int, float)):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)):
                 raise ValueError(
-                    f"`UReversible(solver, {name}=...)` must be a Python number, but got "
-                    f"{getattr(self, name)}: it is not a parameter to differentiate."
+                    f"`{name}` in `UReversible(solver, {name}=...)` must be a Python "
+                    f"number, but got {value}. Its value has to be known in advance."
                 )
         if not 0 < self.coupling_parameter < 1:
             raise ValueError(
