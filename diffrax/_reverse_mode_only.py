@@ -26,17 +26,14 @@ def _identity(x, *, msg):
 
 
 def _refuse(*args, msg):
-    del args
+    del args  # Of whatever rule of the primitive this is.
     raise NotImplementedError(msg)
 
 
-def _batch(primitive):
-    def _rule(args, axes, *, msg):
-        (x,) = args
-        (axis,) = axes
-        return primitive.bind(x, msg=msg), axis
-
-    return _rule
+def _primal_batch(args, axes, *, msg):
+    (x,) = args
+    (axis,) = axes
+    return _primal_p.bind(x, msg=msg), axis
 
 
 def _primal_jvp(primals, tangents, *, msg):
@@ -56,14 +53,15 @@ def _tangent_transpose(ct, x, *, msg):
 _primal_p.def_impl(_identity)
 _primal_p.def_abstract_eval(_identity)
 ad.primitive_jvps[_primal_p] = _primal_jvp
-batching.primitive_batchers[_primal_p] = _batch(_primal_p)
+batching.primitive_batchers[_primal_p] = _primal_batch
 mlir.register_lowering(_primal_p, mlir.lower_fun(_identity, multiple_results=False))
 
 _tangent_p.def_impl(_refuse)
 _tangent_p.def_abstract_eval(_identity)
 ad.deflinear2(_tangent_p, _tangent_transpose)
-batching.primitive_batchers[_tangent_p] = _batch(_tangent_p)
-mlir.register_lowering(_tangent_p, lambda ctx, x, *, msg: _refuse(x, msg=msg))
+# Reverse mode does not batch a linearisation before it has been transposed.
+batching.primitive_batchers[_tangent_p] = _refuse
+mlir.register_lowering(_tangent_p, _refuse)
 
 
 def reverse_mode_only(x: PyTree, msg: str) -> PyTree:

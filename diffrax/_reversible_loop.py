@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
-from ._custom_types import Args, DenseInfo, IntScalarLike, Y
+from ._custom_types import Args, DenseInfo, IntScalarLike, RealScalarLike, Y
 from ._saveat import SaveAt
 from ._solver import AbstractReversibleSolver
 from ._step_record import may_jump, Step, StepRecord
@@ -224,10 +224,18 @@ def _loop_and_record(
 # There are none with respect to any of the times, nor the step size controller.
 @eqx.filter_custom_vjp
 def reversible_loop(
-    y__solver_state__args__terms__local, *, forward, reverse, saveat, t0, t1, solver
+    y__solver_state__args__terms__local,
+    *,
+    forward,
+    reverse,
+    saveat,
+    t0,
+    t1,
+    interpolation_cls,
+    name,
 ):
     """Solves a differential equation, and differentiates it by undoing each step."""
-    del reverse, saveat, t0, t1, solver
+    del reverse, saveat, t0, t1, interpolation_cls, name
     y, solver_state, args, terms, _ = y__solver_state__args__terms__local
     final_state, aux_stats, _ = forward(y, solver_state, args, terms)
     return final_state, aux_stats
@@ -243,9 +251,10 @@ def _reversible_loop_fwd(
     saveat,
     t0,
     t1,
-    solver,
+    interpolation_cls,
+    name,
 ):
-    del perturbed, reverse, saveat, t0, t1, solver
+    del perturbed, reverse, saveat, t0, t1, interpolation_cls, name
     y, solver_state, args, terms, _ = y__solver_state__args__terms__local
     final_state, aux_stats, record = forward(y, solver_state, args, terms)
     # Everything here but the record is of the size of one state.
@@ -277,14 +286,15 @@ def _reversible_loop_bwd(
     saveat,
     t0,
     t1,
-    solver,
+    interpolation_cls,
+    name,
 ):
     del forward
     y1, solver_state1, num_steps, num_ts, num_saved, record = residuals
     del residuals
     grad_final_state, _ = grad_final_state__aux_stats
     grad_ys = grad_final_state.save_state.ys
-    del grad_final_state__aux_stats, grad_final_state
+    del grad_final_state__aux_stats
     y0, solver_state0, args, terms, local = y__solver_state__args__terms__local
     _, _, *perturbed_params = perturbed
     del y__solver_state__args__terms__local, perturbed
@@ -296,6 +306,7 @@ def _reversible_loop_bwd(
     grad_y1 = _zeros_like(_filter_inexact(y1))
     if saveat.subs.t1:
         grad_y1 = jtu.tree_map(lambda g: g[num_saved - 1], grad_ys)
+    grad_y1 = _refuse_other_outputs(grad_y1, grad_final_state, name)
 
     # Parameters that are not being differentiated need no gradient, so do not compute
     # any.
@@ -316,7 +327,13 @@ def _reversible_loop_bwd(
             grad_dense_info = None
         else:
             ts_index, grad_dense_info = _pull_back_ts(
-                saveat.subs.ts, ts_index, ts_offset, grad_ys, step, dense_info, solver
+                saveat.subs.ts,
+                ts_index,
+                ts_offset,
+                grad_ys,
+                ft.partial(interpolation_cls, t0=step.t0, t1=step.t1),
+                dense_info,
+                step.previous_t1,
             )
         grad_y0, grad_solver_state0, step_grads = _pull_back_step(
             step,
@@ -366,14 +383,40 @@ def _materialise_zeros(grad_ys: PyTree, y0: Y, saveat: SaveAt) -> PyTree:
     return jtu.tree_map(_materialise, _filter_inexact(y0), grad_ys)
 
 
+def _refuse_other_outputs(grad_y1: Y, grad_final_state: Any, name: str) -> Y:
+    """Returns `grad_y1`. Raises an error at run time if there is a cotangent of any
+    output but what was saved of `y`, rather than let it have a gradient of zero."""
+    save_state = grad_final_state.save_state
+    others = {
+        "Solution.ts": save_state.ts,
+        "Solution.solver_state": grad_final_state.solver_state,
+        "Solution.controller_state": grad_final_state.controller_state,
+    }
+    get_named = lambda s: (s.save_state, s.solver_state, s.controller_state)
+    others["Solution.stats"] = eqx.tree_at(
+        get_named, grad_final_state, (None, None, None), is_leaf=lambda x: x is None
+    )
+    for what, grad in others.items():
+        # What has not been differentiated is `None`. Zeros are no reason to raise:
+        # transformations may have made them of what had been `None`.
+        for x in jtu.tree_leaves(grad):
+            msg = (
+                f"Cannot differentiate `{what}` when using `adjoint={name}()`. "
+                "Consider using `adjoint=RecursiveCheckpointAdjoint()` instead, or "
+                "wrapping it in `jax.lax.stop_gradient`."
+            )
+            grad_y1 = eqx.error_if(grad_y1, jnp.any(x != 0), msg)
+    return grad_y1
+
+
 def _pull_back_ts(
     ts: Array,
     ts_index: IntScalarLike,
     ts_offset: int,
     grad_ys: PyTree[Array],
-    step: Step,
+    interpolation_cls: Callable,
     dense_info: DenseInfo,
-    solver: AbstractReversibleSolver,
+    previous_t1: RealScalarLike,
 ) -> tuple[IntScalarLike, PyTree[Array]]:
     """Pulls the cotangents of the output that was saved during this step back through
     the interpolation, onto `dense_info`."""
@@ -381,16 +424,14 @@ def _pull_back_ts(
 
     def cond_fun(carry):
         index, _ = carry
-        return (index > 0) & (ts[jnp.maximum(index - 1, 0)] > step.previous_t1)
+        return (index > 0) & (ts[jnp.maximum(index - 1, 0)] > previous_t1)
 
     def body_fun(carry):
         index, grad_dense_info = carry
         index = index - 1
 
         def _evaluate(_diff):
-            _interpolation = solver.interpolation_cls(
-                t0=step.t0, t1=step.t1, **eqx.combine(_diff, nondiff)
-            )
+            _interpolation = interpolation_cls(**eqx.combine(_diff, nondiff))
             return _interpolation.evaluate(ts[index])
 
         y, pull_back = jax.vjp(_evaluate, diff)

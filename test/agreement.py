@@ -86,8 +86,8 @@ def make_params(dtype: Any = jnp.float64) -> PyTree[Array]:
 
 @dataclasses.dataclass(frozen=True)
 class Solve:
-    """Calls `diffeqsolve` on the problem, for one solver, adjoint, and parameters. Every
-    argument can be overridden."""
+    """Calls `diffeqsolve` on the problem, for a solver, an adjoint, and parameters.
+    Every argument can be overridden."""
 
     solver: diffrax.AbstractSolver
     adjoint: diffrax.AbstractAdjoint
@@ -125,7 +125,7 @@ class Solve:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A way of using `diffeqsolve`; `run` returns that of which to take the gradient."""
+    """A way of using `diffeqsolve`; `run` returns what to take the gradient of."""
 
     name: str
     run: Callable[[Solve], PyTree[Array]]
@@ -546,8 +546,8 @@ def value_and_grad(
 
 
 def compare(case: Case, solver: diffrax.AbstractSolver) -> tuple[float, float]:
-    """The relative errors of the value, and of the gradient: for the latter that leaf of
-    the parameters for which it is largest."""
+    """The relative errors of the value, and of the gradient: of the latter in that leaf
+    of the parameters for which it is largest."""
     value, grad = value_and_grad(case, solver, diffrax.ReversibleAdjoint())
     true_value, true_grad = value_and_grad(case, solver, case.reference)
 

@@ -1,0 +1,40 @@
+from ._adjoint import ReversibleAdjoint
+from ._solver import UReversible
+from ._upstream_autocitation import *  # noqa: F403
+from ._upstream_autocitation import (
+    _parse_reference as _parse_reference,
+    _parse_reference_multi as _parse_reference_multi,
+    citation as citation,
+    citation_rules as citation_rules,
+)
+
+
+# The rules themselves are only to be found in the list.
+[_cite_solver] = [rule for rule in citation_rules if rule.__name__ == "_solvers"]
+
+
+@citation_rules.append
+def _reversible_solver(solver, saveat=None):
+    if type(solver) is UReversible:
+        wrapped = _cite_solver(solver.solver, saveat)
+        return (
+            r"""
+% You are using a reversible solver (`UReversible`), the construction of which was
+% introduced in:
+"""
+            + _parse_reference(UReversible)
+            + ("" if wrapped is None else "\n\n" + wrapped.strip())
+        )
+
+
+@citation_rules.append
+def _reversible_adjoint(adjoint):
+    if type(adjoint) is ReversibleAdjoint:
+        return (
+            r"""
+% You are backpropagating by undoing the steps of a reversible solver
+% (`ReversibleAdjoint`). This was introduced for SDEs, and for explicit Runge--Kutta
+% methods, in:
+"""
+            + _parse_reference(ReversibleAdjoint)
+        )

@@ -1,0 +1,422 @@
+"""`ReversibleAdjoint`: its memory, what it refuses, and what has no gradient."""
+
+import warnings
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+import numpy as np
+import optax
+import pytest
+
+
+_y0 = jnp.array([1.0, 0.5])
+_solver = diffrax.UReversible(diffrax.Heun())
+_adaptive = diffrax.PIDController(rtol=1e-3, atol=1e-3)
+
+
+def _field(t, y, args):
+    return args * jnp.sin(y[::-1]) + jnp.cos(t)
+
+
+def _solve(args=1.0, **kwargs):
+    arguments = dict(
+        terms=diffrax.ODETerm(_field),
+        solver=_solver,
+        t0=0.0,
+        t1=1.0,
+        dt0=0.2,
+        y0=_y0,
+        args=args,
+        adjoint=diffrax.ReversibleAdjoint(),
+        max_steps=16,
+    )
+    return diffrax.diffeqsolve(**(arguments | kwargs))
+
+
+def _loss(args, **kwargs):
+    return jnp.sum(_solve(args, **kwargs).ys ** 2)
+
+
+#
+# Memory
+#
+
+
+def _temp_size(solver, controller, num_steps):
+    def loss(args, y0):
+        dt0 = 1.0 / num_steps
+        kwargs = dict(solver=solver, stepsize_controller=controller, y0=y0)
+        return _loss(args, dt0=dt0, max_steps=num_steps, **kwargs)
+
+    # Large enough for a second copy of anything to be seen.
+    y0 = jnp.linspace(0.0, 1.0, 1000)
+    compiled = jax.jit(jax.grad(loss)).lower(jnp.array(1.0), y0).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize(
+    "solver, controller, record_size",
+    (
+        (_solver, diffrax.ConstantStepSize(), 8),
+        (diffrax.UReversible(diffrax.Tsit5()), diffrax.ConstantStepSize(), 8),
+        (diffrax.ReversibleHeun(), _adaptive, 8),
+        # The start of the step before the last one.
+        (diffrax.LeapfrogMidpoint(), diffrax.ConstantStepSize(), 16),
+        # Both ends of each step, and whether there was a jump.
+        (
+            _solver,
+            diffrax.ClipStepSizeController(_adaptive, jump_ts=[0.5]),
+            17,
+        ),
+    ),
+    ids=("UReversible(Heun)", "UReversible(Tsit5)", "adaptive", "leapfrog", "jumps"),
+)
+def test_memory(solver, controller, record_size):
+    few, many = (_temp_size(solver, controller, n) for n in (100, 100_000))
+    growth = many - few - record_size * (100_000 - 100)
+    # Each buffer is aligned to 64 bytes.
+    assert growth <= 3 * 64
+
+
+def test_memory_of_many_states():
+    # What is stored does not grow with the number of steps; the memory of
+    # `DirectAdjoint`, say, does, which shows that such growth would be seen.
+    y0 = jnp.ones(1000)
+
+    def temp_size(adjoint, num_steps):
+        loss = lambda args: _loss(args, y0=y0, adjoint=adjoint, max_steps=num_steps)
+        compiled = jax.jit(jax.grad(loss)).lower(jnp.array(1.0)).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    for adjoint, grows in (
+        (diffrax.ReversibleAdjoint(), False),
+        (diffrax.DirectAdjoint(), True),
+    ):
+        growth = temp_size(adjoint, 1024) - temp_size(adjoint, 16)
+        assert (growth > 10 * y0.nbytes) == grows
+
+
+#
+# Refused, before anything runs
+#
+
+
+def _brownian(path):
+    return diffrax.ControlTerm(lambda t, y, args: jnp.ones((2, 1)), path)
+
+
+_unsafe = diffrax.UnsafeBrownianPath(shape=(1,), key=jr.key(0))
+_subs = [diffrax.SubSaveAt(t0=True), diffrax.SubSaveAt(t1=True)]
+
+
+@pytest.mark.parametrize(
+    "kwargs, error, match",
+    (
+        (dict(solver=diffrax.Tsit5()), ValueError, r"UReversible\(Tsit5\(\)\)"),
+        (
+            dict(
+                solver=diffrax.Kvaerno3(),
+                stepsize_controller=_adaptive,
+            ),
+            ValueError,
+            "`solver=Kvaerno3",
+        ),
+        (
+            dict(solver=diffrax.HalfSolver(diffrax.Heun())),
+            ValueError,
+            r"`solver=HalfSolver\(\.\.\.\)`",
+        ),
+        (
+            dict(solver=diffrax.HalfSolver(diffrax.LeapfrogMidpoint())),
+            ValueError,
+            "records part of its state",
+        ),
+        (dict(terms=_brownian(_unsafe)), ValueError, "VirtualBrownianTree"),
+        (dict(saveat=diffrax.SaveAt(steps=True)), NotImplementedError, "steps"),
+        (dict(saveat=diffrax.SaveAt(t1=True, steps=3)), NotImplementedError, "steps"),
+        (dict(saveat=diffrax.SaveAt(dense=True)), NotImplementedError, "dense"),
+        (
+            dict(saveat=diffrax.SaveAt(t1=True, fn=lambda t, y, args: y[0])),
+            NotImplementedError,
+            "fn",
+        ),
+        (dict(saveat=diffrax.SaveAt(subs=_subs)), NotImplementedError, "subs"),
+        (
+            dict(event=diffrax.Event(lambda t, y, args, **kwargs: y[0] - 1)),
+            NotImplementedError,
+            "event",
+        ),
+    ),
+    ids=lambda x: "-".join(x) if isinstance(x, dict) else None,
+)
+def test_refused(kwargs, error, match):
+    evaluations = 0
+
+    def counted(t, y, args):
+        nonlocal evaluations
+        evaluations += 1
+        return _field(t, y, args)
+
+    kwargs = dict(terms=diffrax.ODETerm(counted)) | kwargs
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is not marked as converging")
+        with pytest.raises(error, match=match) as info:
+            jax.eval_shape(lambda: _solve(**kwargs))
+    # Every message says what was wrong, and what to do.
+    assert "Cannot use" in str(info.value)
+    assert "Consider using" in str(info.value)
+
+
+_forward = {
+    "jvp": lambda fn: jax.jvp(fn, (jnp.array(1.0),), (jnp.array(1.0),)),
+    "jacfwd": lambda fn: jax.jacfwd(fn)(jnp.array(1.0)),
+    "jit of jvp": lambda fn: jax.jit(
+        lambda: jax.jvp(fn, (jnp.array(1.0),), (jnp.array(1.0),))
+    )(),
+    "jvp of vmap": lambda fn: jax.jvp(jax.vmap(fn), (jnp.ones(2),), (jnp.ones(2),)),
+    "linearize": lambda fn: jax.linearize(fn, jnp.array(1.0))[1](jnp.array(1.0)),
+    "hessian": lambda fn: jax.hessian(fn)(jnp.array(1.0)),
+}
+
+
+@pytest.mark.parametrize("mode", _forward)
+def test_forward_mode(mode):
+    with pytest.raises(NotImplementedError, match="Consider using .*ForwardMode"):
+        jax.block_until_ready(_forward[mode](_loss))
+
+
+#
+# Without a gradient
+#
+
+
+_ts = jnp.array([0.1, 0.5])
+
+
+@pytest.mark.parametrize(
+    "name, value, kwargs",
+    (
+        ("t0", 0.1, lambda x: dict(t0=x)),
+        ("t1", 0.9, lambda x: dict(t1=x)),
+        ("dt0", 0.3, lambda x: dict(dt0=x)),
+        (
+            r"SaveAt\(ts=\.\.\.\)",
+            1.0,
+            lambda x: dict(saveat=diffrax.SaveAt(ts=x * _ts)),
+        ),
+        (
+            "stepsize_controller",
+            0.5,
+            lambda x: dict(
+                dt0=None,
+                stepsize_controller=diffrax.StepTo(ts=jnp.stack([0.0, x, 1.0])),
+            ),
+        ),
+        (
+            "stepsize_controller",
+            1e-3,
+            lambda x: dict(stepsize_controller=diffrax.PIDController(rtol=x, atol=x)),
+        ),
+    ),
+)
+def test_nondifferentiable_input(name, value, kwargs):
+    loss = lambda x: _loss(1.0, **kwargs(x))
+    match = f"Cannot differentiate with respect to `{name}`"
+    for transform in (jax.grad, lambda fn: jax.jit(jax.grad(fn)), jax.jacfwd):
+        with pytest.raises(Exception, match=match):
+            transform(loss)(jnp.array(value))
+
+
+def test_nondifferentiable_closure():
+    # A value that only the step size controller closes over.
+    def loss(x):
+        norm = lambda y: jnp.sqrt(jnp.sum(y**2)) * x
+        return _loss(
+            1.0,
+            stepsize_controller=diffrax.PIDController(rtol=1e-3, atol=1e-3, norm=norm),
+        )
+
+    with pytest.raises(Exception, match="only the step size controller"):
+        jax.grad(loss)(jnp.array(1.0))
+
+
+@pytest.mark.parametrize(
+    "name, saveat, get",
+    (
+        ("Solution.ts", diffrax.SaveAt(ts=_ts), lambda sol: sol.ts),
+        (
+            "Solution.solver_state",
+            diffrax.SaveAt(t1=True, solver_state=True),
+            lambda sol: sol.solver_state[0],
+        ),
+        (
+            "Solution.controller_state",
+            diffrax.SaveAt(t1=True, controller_state=True),
+            lambda sol: sol.controller_state[0],
+        ),
+    ),
+)
+def test_nondifferentiable_output(name, saveat, get):
+    def loss(args):
+        sol = _solve(args, saveat=saveat, stepsize_controller=_adaptive, max_steps=64)
+        return jnp.sum(get(sol)) + jnp.sum(sol.ys)
+
+    # As values they are available, next to a loss.
+    assert jnp.isfinite(loss(jnp.array(1.0)))
+    value = lambda args: jax.lax.stop_gradient(loss(args)) + _loss(args)
+    assert jnp.isfinite(jax.grad(value)(jnp.array(1.0)))
+    with pytest.raises(Exception, match=f"Cannot differentiate `{name}`"):
+        jax.block_until_ready(eqx.filter_jit(jax.grad(loss))(jnp.array(1.0)))
+
+
+def test_no_max_steps():
+    sol = _solve(max_steps=None)
+    np.testing.assert_array_equal(sol.ys, _solve().ys)
+    with pytest.raises(Exception, match="Put a bound on the maximum number of steps"):
+        jax.grad(lambda args: _loss(args, max_steps=None))(jnp.array(1.0))
+
+
+#
+# In use
+#
+
+
+def test_one_trace():
+    # One for each shape, and none for new values.
+    num_traces = 0
+
+    @eqx.filter_jit
+    @eqx.filter_grad
+    def grad(args, y0, t1):
+        nonlocal num_traces
+        num_traces += 1
+        return _loss(args, y0=y0, t1=t1)
+
+    for scale in (1.0, 2.0, 3.0):
+        grad(jnp.array(scale), scale * _y0, jnp.array(scale / 3))
+    assert num_traces == 1
+    grad(jnp.array(1.0), jnp.ones(3), jnp.array(1.0))
+    assert num_traces == 2
+
+
+def test_values_are_those_of_other_adjoints():
+    saveat = diffrax.SaveAt(t0=True, t1=True, ts=_ts, solver_state=True)
+    kwargs = dict(saveat=saveat, stepsize_controller=_adaptive, max_steps=64)
+    sol = _solve(**kwargs)
+    expected = _solve(adjoint=diffrax.RecursiveCheckpointAdjoint(), **kwargs)
+    leaves, expected_leaves = (
+        jtu.tree_leaves(eqx.filter(x, eqx.is_array)) for x in (sol, expected)
+    )
+    assert len(leaves) == len(expected_leaves)
+    for x, y in zip(leaves, expected_leaves):
+        np.testing.assert_array_equal(x, y)
+
+
+class _Explicit(diffrax.AbstractReversibleSolver):
+    """A user's own solver, with parameters of its own: a kick for each of two halves of
+    the state, which is symplectic Euler's method for a single term."""
+
+    scale: jax.Array
+    term_structure = diffrax.ODETerm
+    interpolation_cls = diffrax.LocalLinearInterpolation
+
+    def order(self, terms):
+        return 1
+
+    def init(self, terms, t0, t1, y0, args):
+        return None
+
+    def _kick(self, terms, t0, t1, y, args):
+        control = self.scale * terms.contr(t0, t1)
+        return terms.vf_prod(t0, y, args, control)
+
+    def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
+        a, b = y0
+        a = a + self._kick(terms, t0, t1, (a, b), args)[0]
+        b = b + self._kick(terms, t0, t1, (a, b), args)[1]
+        y1 = (a, b)
+        successful = diffrax.RESULTS.successful
+        return y1, None, dict(y0=y0, y1=y1), None, successful
+
+    def backward_step(self, terms, t0, t1, y1, args, solver_state, made_jump):
+        a, b = y1
+        b = b - self._kick(terms, t0, t1, (a, b), args)[1]
+        a = a - self._kick(terms, t0, t1, (a, b), args)[0]
+        y0 = (a, b)
+        return y0, dict(y0=y0, y1=y1), None
+
+    def func(self, terms, t0, y0, args):
+        return terms.vf(t0, y0, args)
+
+
+def test_own_solver():
+    # Also one with parameters, with respect to which there is a gradient.
+    def vf(t, y, args):
+        a, b = y
+        return args * jnp.sin(b) + t, -jnp.cos(a)
+
+    def loss(params, adjoint):
+        scale, args, y0 = params
+        ys = _solve(
+            args,
+            terms=diffrax.ODETerm(vf),
+            solver=_Explicit(scale),
+            y0=(y0, 2 * y0),
+            saveat=diffrax.SaveAt(ts=_ts, t1=True),
+            adjoint=adjoint,
+        ).ys
+        return jnp.sum(ys[0] ** 2) + jnp.sum(jnp.sin(ys[1]))
+
+    params = (jnp.array(0.9), jnp.array(1.3), _y0)
+    grad, expected = (
+        jax.jit(jax.grad(loss), static_argnums=1)(params, adjoint)
+        for adjoint in (
+            diffrax.ReversibleAdjoint(),
+            diffrax.RecursiveCheckpointAdjoint(),
+        )
+    )
+    for x, y in zip(jtu.tree_leaves(grad), jtu.tree_leaves(expected)):
+        assert jnp.all(y != 0)
+        np.testing.assert_allclose(x, y, rtol=1e-12)
+
+
+def test_training_and_progress_meter():
+    # As a user would: optax, a progress meter, a network, and noisy data.
+    model = eqx.nn.MLP(2, 2, 8, 1, key=jr.key(0))
+    optimiser = optax.adam(3e-2)
+    ts = jnp.linspace(0.0, 1.0, 5)
+    rotation = lambda t, y, args: jnp.stack([-y[1], y[0]])
+    saveat = diffrax.SaveAt(ts=ts)
+    data = _solve(terms=diffrax.ODETerm(rotation), saveat=saveat).ys
+
+    @eqx.filter_jit
+    def step(model, opt_state):
+        def loss(model):
+            term = diffrax.ODETerm(lambda t, y, args: args(y))
+            meter = diffrax.TextProgressMeter()
+            ys = _solve(model, terms=term, saveat=saveat, progress_meter=meter).ys
+            return jnp.mean((ys - data) ** 2)
+
+        value, grad = eqx.filter_value_and_grad(loss)(model)
+        with jax.numpy_dtype_promotion("standard"):
+            updates, opt_state = optimiser.update(grad, opt_state)
+        return value, eqx.apply_updates(model, updates), opt_state
+
+    opt_state = optimiser.init(eqx.filter(model, eqx.is_array))
+    values = []
+    for _ in range(40):
+        value, model, opt_state = step(model, opt_state)
+        values.append(value)
+    assert values[-1] < 0.1 * values[0]
+
+
+def test_citation(capsys):
+    diffrax.citation(solver=_solver, adjoint=diffrax.ReversibleAdjoint())
+    out = capsys.readouterr().out
+    assert "mccallum2024efficient" in out
+    assert "UReversible" in out
+    assert "ReversibleAdjoint" in out
