@@ -144,7 +144,7 @@ class ReversibleAdjoint(AbstractAdjoint):
         t0 = nondifferentiable(t0, "t0")
         t1 = nondifferentiable(t1, "t1")
         saveat = nondifferentiable(saveat, "SaveAt(ts=...)")
-        kwargs = dict(
+        kwargs: dict[str, Any] = dict(
             solver=solver,
             stepsize_controller=nondifferentiable(
                 stepsize_controller, "stepsize_controller"

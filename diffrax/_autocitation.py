@@ -30,11 +30,8 @@ def _reversible_solver(solver, saveat=None):
 @citation_rules.append
 def _reversible_adjoint(adjoint):
     if type(adjoint) is ReversibleAdjoint:
-        return (
-            r"""
+        return r"""
 % You are backpropagating by undoing the steps of a reversible solver
 % (`ReversibleAdjoint`). This was introduced for SDEs, and for explicit Runge--Kutta
 % methods, in:
-"""
-            + _parse_reference(ReversibleAdjoint)
-        )
+""" + _parse_reference(ReversibleAdjoint)

@@ -134,9 +134,10 @@ def close_solve(
         return _y0, _dense_info, as_arrays(_solver_state)
 
     step = eqx.filter_eval_shape(empty_record.read, 0, 1)
-    local = eqx.filter_closure_convert(local, terms, step, y, args, solver_state)
-    reverse = eqx.filter_closure_convert(reverse, terms, step, y, args, solver_state)
-    forward = eqx.filter_closure_convert(forward, y, solver_state, args, terms)
+    convert: Any = eqx.filter_closure_convert
+    local = convert(local, terms, step, y, args, solver_state)
+    reverse = convert(reverse, terms, step, y, args, solver_state)
+    forward = convert(forward, y, solver_state, args, terms)
     # `local` is what passes on the gradient with respect to anything that it closes
     # over. Anything else does not have one.
     has_gradient = {id(x) for x in local.consts}

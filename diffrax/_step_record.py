@@ -1,5 +1,7 @@
 """What going backwards over a solve has to know about each of its steps."""
 
+from typing import Any
+
 import equinox as eqx
 import equinox.internal as eqxi
 import jax.numpy as jnp
@@ -99,10 +101,10 @@ class StepRecord(eqx.Module):
     ) -> "StepRecord":
         """The record with a step written at `index`, if `pred`."""
 
-        def _set(buffer, x):
+        def _set(buffer: Any, x: Any) -> Any:
             if buffer is None:
                 return None
-            return eqxi.buffer_at_set(buffer, index, x, pred=pred)
+            return eqxi.buffer_at_set(buffer, index, x, pred=pred)  # pyright: ignore
 
         return StepRecord(
             start=self.start,

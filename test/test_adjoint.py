@@ -1,6 +1,7 @@
 """`ReversibleAdjoint`: its memory, what it refuses, and what has no gradient."""
 
 import warnings
+from typing import Any
 
 import diffrax
 import equinox as eqx
@@ -22,8 +23,8 @@ def _field(t, y, args):
     return args * jnp.sin(y[::-1]) + jnp.cos(t)
 
 
-def _solve(args=1.0, **kwargs):
-    arguments = dict(
+def _solve(args: Any = 1.0, **kwargs: Any) -> Any:
+    arguments: dict[str, Any] = dict(
         terms=diffrax.ODETerm(_field),
         solver=_solver,
         t0=0.0,
@@ -54,7 +55,7 @@ def _temp_size(solver, controller, num_steps):
 
     # Large enough for a second copy of anything to be seen.
     y0 = jnp.linspace(0.0, 1.0, 1000)
-    compiled = jax.jit(jax.grad(loss)).lower(jnp.array(1.0), y0).compile()
+    compiled: Any = jax.jit(jax.grad(loss)).lower(jnp.array(1.0), y0).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
 
@@ -89,7 +90,7 @@ def test_memory_of_many_states():
 
     def temp_size(adjoint, num_steps):
         loss = lambda args: _loss(args, y0=y0, adjoint=adjoint, max_steps=num_steps)
-        compiled = jax.jit(jax.grad(loss)).lower(jnp.array(1.0)).compile()
+        compiled: Any = jax.jit(jax.grad(loss)).lower(jnp.array(1.0)).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     for adjoint, grows in (

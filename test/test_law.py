@@ -1,5 +1,7 @@
 """The law of reversible solvers: a step, and then the step back, is the identity."""
 
+from typing import Any
+
 import diffrax
 import equinox as eqx
 import hypothesis
@@ -58,7 +60,8 @@ def _field(t, y, scale):
     # on all the others.
     leaves, treedef = jtu.tree_flatten(y)
     scale_leaves = jtu.tree_leaves(scale)
-    mean = sum(jnp.sum(y_i / s) for y_i, s in zip(leaves, scale_leaves))
+    means = [jnp.sum(y_i / s) for y_i, s in zip(leaves, scale_leaves)]
+    mean = jnp.sum(jnp.stack(means))
     t = t.astype(mean.dtype)
     out = [s * jnp.sin(y_i / s + mean / 5 + t) for y_i, s in zip(leaves, scale_leaves)]
     return jtu.tree_unflatten(treedef, out)
@@ -77,7 +80,7 @@ def _forward_and_backward(solver, structure, key, steps, made_jump):
     before it, and what it has again."""
     scale = jtu.tree_map(lambda x: jnp.max(x, initial=1e-8), structure)
     y = _normal_like(key, structure)
-    terms = diffrax.ODETerm(_field)
+    terms: Any = diffrax.ODETerm(_field)
     if isinstance(solver, diffrax.SemiImplicitEuler):
         terms = (terms, terms)
         y = (y, _normal_like(jr.fold_in(key, 1), structure))

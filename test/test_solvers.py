@@ -1,5 +1,7 @@
 """The reversible solvers as solvers: forwards, and with every other adjoint."""
 
+from typing import Any
+
 import diffrax
 import equinox as eqx
 import jax
@@ -36,7 +38,15 @@ def _pendulum(t, y, args):
 _y0 = jnp.array([1.0, 0.5])
 
 
-def _solve(solver, dt0, terms=None, t0=0.0, t1=2.0, y0=_y0, **kwargs):
+def _solve(
+    solver: Any,
+    dt0: Any,
+    terms: Any = None,
+    t0: Any = 0.0,
+    t1: Any = 2.0,
+    y0: Any = _y0,
+    **kwargs: Any,
+) -> Any:
     terms = diffrax.ODETerm(_pendulum) if terms is None else terms
     kwargs = dict(max_steps=2**14) | kwargs
     return diffrax.diffeqsolve(terms, solver, t0, t1, dt0, y0, **kwargs)
@@ -153,7 +163,8 @@ def test_strong_order_sde(cls):
             diffrax.ODETerm(lambda t, y, args: mu * y),
             diffrax.ControlTerm(lambda t, y, args: sigma * y, path),
         )
-        true_y1 = jnp.exp(mu + sigma * path.evaluate(0.0, 1.0))
+        w1: Any = path.evaluate(0.0, 1.0)
+        true_y1 = jnp.exp(mu + sigma * w1)
         solver = diffrax.UReversible(cls())
         y0 = jnp.array(1.0)
         ys = [
@@ -216,7 +227,7 @@ def test_evaluations(cls, is_adaptive):
     num_stages = {diffrax.Euler: 1, diffrax.Dopri8: 13}.get(cls)
     if num_stages is None:
         num_stages = cls.tableau.num_stages - cls.tableau.fsal
-    kwargs = dict(dt0=0.1)
+    kwargs: dict[str, Any] = dict(dt0=0.1)
     if is_adaptive:
         kwargs["stepsize_controller"] = diffrax.PIDController(rtol=1e-3, atol=1e-3)
     count, num_steps = _count_evaluations(

@@ -49,12 +49,12 @@ class _History(eqx.Module):
         squares = jtu.tree_map(_mean_square, y0)
         return cls(jnp.asarray(1), squares, jtu.tree_map(jnp.zeros_like, squares))
 
-    def add(self, y1: Y, error: Y, damping: float) -> "_History":
+    def add(self, y1: Y, error: Y, damping: RealScalarLike) -> "_History":
         squares = (self.squares**ω + ω(y1).call(_mean_square)).ω
         errors = (damping * self.errors**ω + ω(error).call(_norm)).ω
         return _History(self.num_steps + 1, squares, errors)
 
-    def remove(self, y1: Y, error: Y, damping: float) -> "_History":
+    def remove(self, y1: Y, error: Y, damping: RealScalarLike) -> "_History":
         squares = (self.squares**ω - ω(y1).call(_mean_square)).ω
         errors = ((self.errors**ω - ω(error).call(_norm)) / damping).ω
         return _History(self.num_steps - 1, squares, errors)
@@ -217,6 +217,7 @@ class UReversible(
         if isinstance(self.solver, Euler):
             return _euler_tableau
         else:
+            assert isinstance(self.solver, AbstractERK)
             assert isinstance(self.solver.tableau, ButcherTableau)
             return self.solver.tableau
 
@@ -354,10 +355,9 @@ class UReversible(
             allowed = jnp.maximum(allowed, _norm(inc))
             diverged = diverged | (_norm(gap) > allowed)
             nonfinite = nonfinite | ~jnp.isfinite(_norm(gap))
-        result = RESULTS.where(
-            diverged, RESULTS.nonlinear_divergence, RESULTS.successful
-        )
-        return RESULTS.where(nonfinite, RESULTS.nonfinite, result)
+        result: Any = RESULTS.successful
+        result = RESULTS.where(diverged, RESULTS.nonlinear_divergence, result)  # pyright: ignore
+        return RESULTS.where(nonfinite, RESULTS.nonfinite, result)  # pyright: ignore
 
     def _dense_info(self, y0: Y, y1: Y, gap0: Y, k: list[Y]) -> DenseInfo:
         if isinstance(self.solver, Euler):

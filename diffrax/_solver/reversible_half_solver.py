@@ -17,9 +17,10 @@ class ReversibleHalfSolver(HalfSolver, AbstractReversibleSolver):
     """
 
     def __check_init__(self):
-        record_state = type(self.solver).record_state
+        solver: Any = self.solver
+        record_state = type(solver).record_state
         if record_state is not AbstractReversibleSolver.record_state:
-            name = type(self.solver).__name__
+            name = type(solver).__name__
             raise ValueError(
                 f"Cannot use `HalfSolver({name}())` with a reversible adjoint, as "
                 f"`{name}` records part of its state at every step. Consider using "
