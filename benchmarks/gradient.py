@@ -135,15 +135,14 @@ def make_gradient(
 
 
 def reference_gradient(
-    problem_name: str, solver_name: str, num_steps: int
+    problem: Problem, solver_name: str, num_steps: int
 ) -> np.ndarray:
     """The gradient of the same discrete solve, in float64, flattened."""
     with jax.enable_x64(True):
-        problem = PROBLEMS[problem_name]()
         solver, adjoint = SOLVERS[solver_name](), ADJOINTS[REFERENCE]()
         gradient = jax.jit(make_gradient(problem, solver, adjoint, num_steps))
         inputs = jax.tree.map(
-            lambda x: x.astype(jnp.float64), (problem.params, problem.y0)
+            lambda x: jnp.asarray(x, jnp.float64), (problem.params, problem.y0)
         )
         return np.asarray(ravel_pytree(gradient(*inputs))[0])
 
@@ -167,8 +166,8 @@ def measure(
     num_steps: int,
     repeats: int,
 ) -> list[dict[str, Any]]:
-    true_grad = reference_gradient(problem_name, solver_name, num_steps)
     problem = PROBLEMS[problem_name]()
+    true_grad = reference_gradient(problem, solver_name, num_steps)
     inputs = (problem.params, problem.y0)
     rows = []
     compiled = []
