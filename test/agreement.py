@@ -72,7 +72,7 @@ def _args(params: PyTree) -> PyTree:
     return dict(
         a=params["a"],
         b=params["b"],
-        scale=jnp.array(2),
+        scale=jnp.array(1),
         nothing=None,
         label="drift",
         activation=jnp.tanh,
@@ -357,7 +357,7 @@ def _complex_state(solve):
         f = _drift(t, jnp.real(y), args)
         return 1j * y * 0.5 + f.astype(y.dtype)
 
-    y0 = solve.params["y0"] * (1 + 0.5j)
+    y0 = jax.lax.complex(solve.params["y0"], 0.5 * solve.params["y0"])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Complex dtype support")
         ys = solve(terms=diffrax.ODETerm(vector_field), y0=y0, saveat=everything).ys

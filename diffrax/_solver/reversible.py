@@ -129,7 +129,7 @@ class UReversible(
             the gap exceeds `max_gap` times the root-mean-square value of the solution
             so far, unless that can be put down to the error estimates: to steps that
             are large, rather than unstable. (Around Euler's method, which cannot tell
-            the two apart, if it exceeds 10 times as much.)
+            the two apart, if it exceeds 30 times as much.)
 
     ??? cite "Reference"
 
@@ -348,7 +348,7 @@ class UReversible(
             if isinstance(self.solver, Euler):
                 # The error estimate of Euler's method is half of what drives the gap,
                 # be that a large step or an unstable one.
-                allowed = 10 * self.max_gap * size
+                allowed = 30 * self.max_gap * size
             else:
                 allowed = jnp.maximum(self.max_gap * size, 2 * error)
             # At the start of a solve from zero, `size` is small.
