@@ -135,16 +135,16 @@ def close_solve(
 
     step = eqx.filter_eval_shape(empty_record.read, 0, 1)
     convert: Any = eqx.filter_closure_convert
-    local = convert(local, terms, step, y, args, solver_state)
-    reverse = convert(reverse, terms, step, y, args, solver_state)
-    forward = convert(forward, y, solver_state, args, terms)
+    closed_local = convert(local, terms, step, y, args, solver_state)
+    closed_reverse = convert(reverse, terms, step, y, args, solver_state)
+    closed_forward = convert(forward, y, solver_state, args, terms)
     # `local` is what passes on the gradient with respect to anything that it closes
     # over. Anything else does not have one.
-    has_gradient = {id(x) for x in local.consts}
+    has_gradient = {id(x) for x in closed_local.consts}
     return ClosedSolve(
-        forward=_without_gradient(forward, has_gradient, name),
-        local=local,
-        reverse=_without_gradient(reverse, has_gradient, name),
+        forward=_without_gradient(closed_forward, has_gradient, name),
+        local=closed_local,
+        reverse=_without_gradient(closed_reverse, has_gradient, name),
     )
 
 
