@@ -160,18 +160,11 @@ class ReversibleAdjoint(AbstractAdjoint):
         )
         if max_steps is None:
             return self._unbounded_loop(y, solver_state, args, terms, **kwargs)
-        closed = close_solve(
+        local, closed = close_solve(
             self._loop, y, solver_state, args, terms, name=name, **kwargs
         )
         final_state, aux_stats = reversible_loop(
-            (y, solver_state, args, terms, closed.local),
-            forward=closed.forward,
-            reverse=closed.reverse,
-            saveat=saveat,
-            t0=t0,
-            t1=t1,
-            interpolation_cls=solver.interpolation_cls,
-            name=name,
+            (y, solver_state, args, terms, local), closed
         )
         # From a custom derivative rule even integers have a tangent, if an empty one,
         # and not every primitive that comes later has a rule for that.

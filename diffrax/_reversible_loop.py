@@ -17,7 +17,14 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
-from ._custom_types import Args, DenseInfo, IntScalarLike, RealScalarLike, Y
+from ._custom_types import (
+    Args,
+    BoolScalarLike,
+    DenseInfo,
+    IntScalarLike,
+    RealScalarLike,
+    Y,
+)
 from ._saveat import SaveAt
 from ._solver import AbstractReversibleSolver
 from ._step_record import may_jump, Step, StepRecord
@@ -55,15 +62,20 @@ class ClosedSolve(eqx.Module):
 
     - `forward`: makes the whole solve; a function of `(y, solver_state, args, terms)`
         that returns `(final_state, aux_stats, record)`.
-    - `local`: makes one step; a function of `(terms, step, y0, args, solver_state)`
-        that returns `(y1, dense_info, solver_state)`. This is what is differentiated.
     - `reverse`: undoes one step; a function of `(terms, step, y1, args, solver_state)`
         that returns `(y0, dense_info, solver_state)`.
+    - `saveat`, `t0`, `t1`: as passed to `diffeqsolve`.
+    - `interpolation_cls`: that of the solver.
+    - `name`: what to call the adjoint in error messages.
     """
 
     forward: Callable
-    local: Callable
     reverse: Callable
+    saveat: SaveAt
+    t0: RealScalarLike
+    t1: RealScalarLike
+    interpolation_cls: Callable
+    name: str
 
 
 def set_y_and_solver_state(state: Any, y: Y, solver_state: PyTree) -> Any:
@@ -87,12 +99,19 @@ def close_solve(
     init_state: Any,
     max_steps: int,
     stepsize_controller: Any,
+    saveat: SaveAt,
+    t0: RealScalarLike,
+    t1: RealScalarLike,
     **kwargs: Any,
-) -> ClosedSolve:
+) -> tuple[Callable, ClosedSolve]:
     """Prepares a solve for `reversible_loop`.
 
     The arguments are those of [`diffrax.AbstractAdjoint.loop`][]. In addition, `loop`
     is the integration loop, and `name` is what to call its adjoint in error messages.
+
+    Returns a function `local` and the solve. The former makes one step; it is a
+    function of `(terms, step, y0, args, solver_state)` that returns `(y1, dense_info,
+    solver_state)`. This is what is differentiated.
     """
     jumps = init_state.made_jump is not False or may_jump(stepsize_controller)
     recorded = solver.record_state(solver_state)
@@ -108,6 +127,9 @@ def close_solve(
             init_state=_init_state,
             max_steps=max_steps,
             stepsize_controller=stepsize_controller,
+            saveat=saveat,
+            t0=t0,
+            t1=t1,
             **kwargs,
         )
         return _loop_and_record(_loop, solver, empty_record)
@@ -141,10 +163,14 @@ def close_solve(
     # `local` is what passes on the gradient with respect to anything that it closes
     # over. Anything else does not have one.
     has_gradient = {id(x) for x in closed_local.consts}
-    return ClosedSolve(
+    return closed_local, ClosedSolve(
         forward=_without_gradient(closed_forward, has_gradient, name),
-        local=closed_local,
         reverse=_without_gradient(closed_reverse, has_gradient, name),
+        saveat=saveat,
+        t0=t0,
+        t1=t1,
+        interpolation_cls=solver.interpolation_cls,
+        name=name,
     )
 
 
@@ -224,40 +250,20 @@ def _loop_and_record(
 # - `local`, corresponding to parameters that the vector field closes over.
 # There are none with respect to any of the times, nor the step size controller.
 @eqx.filter_custom_vjp
-def reversible_loop(
-    y__solver_state__args__terms__local,
-    *,
-    forward,
-    reverse,
-    saveat,
-    t0,
-    t1,
-    interpolation_cls,
-    name,
-):
+def reversible_loop(y__solver_state__args__terms__local, closed: ClosedSolve):
     """Solves a differential equation, and differentiates it by undoing each step."""
-    del reverse, saveat, t0, t1, interpolation_cls, name
     y, solver_state, args, terms, _ = y__solver_state__args__terms__local
-    final_state, aux_stats, _ = forward(y, solver_state, args, terms)
+    final_state, aux_stats, _ = closed.forward(y, solver_state, args, terms)
     return final_state, aux_stats
 
 
 @reversible_loop.def_fwd
 def _reversible_loop_fwd(
-    perturbed,
-    y__solver_state__args__terms__local,
-    *,
-    forward,
-    reverse,
-    saveat,
-    t0,
-    t1,
-    interpolation_cls,
-    name,
+    perturbed, y__solver_state__args__terms__local, closed: ClosedSolve
 ):
-    del perturbed, reverse, saveat, t0, t1, interpolation_cls, name
+    del perturbed
     y, solver_state, args, terms, _ = y__solver_state__args__terms__local
-    final_state, aux_stats, record = forward(y, solver_state, args, terms)
+    final_state, aux_stats, record = closed.forward(y, solver_state, args, terms)
     # Everything here but the record is of the size of one state.
     residuals = (
         final_state.y,
@@ -281,39 +287,29 @@ def _reversible_loop_bwd(
     grad_final_state__aux_stats,
     perturbed,
     y__solver_state__args__terms__local,
-    *,
-    forward,
-    reverse,
-    saveat,
-    t0,
-    t1,
-    interpolation_cls,
-    name,
+    closed: ClosedSolve,
 ):
-    del forward
     y1, solver_state1, num_steps, num_ts, num_saved, record = residuals
-    del residuals
     grad_final_state, _ = grad_final_state__aux_stats
-    grad_ys = grad_final_state.save_state.ys
-    del grad_final_state__aux_stats
-    y0, solver_state0, args, terms, local = y__solver_state__args__terms__local
+    y0, _, *params = y__solver_state__args__terms__local
     _, _, *perturbed_params = perturbed
+    del residuals, grad_final_state__aux_stats
     del y__solver_state__args__terms__local, perturbed
 
     # The cotangents of what was saved, each one or more rows of `grad_ys`:
     # `[t0, ts[0], ..., ts[num_ts - 1], t1]`, of which each may be missing.
-    grad_ys = _materialise_zeros(grad_ys, y0, saveat)
+    saveat = closed.saveat
+    grad_ys = _materialise_zeros(grad_final_state.save_state.ys, y0, saveat)
     ts_offset = 1 if saveat.subs.t0 else 0
     grad_y1 = _zeros_like(_filter_inexact(y1))
     if saveat.subs.t1:
         grad_y1 = jtu.tree_map(lambda g: g[num_saved - 1], grad_ys)
-    grad_y1 = _refuse_other_outputs(grad_y1, grad_final_state, name)
+    grad_y1 = _refuse_other_outputs(grad_y1, grad_final_state, closed.name)
 
     # Parameters that are not being differentiated need no gradient, so do not compute
     # any.
-    params, nondiff_params = eqx.partition(
-        (args, terms, local), tuple(perturbed_params)
-    )
+    diff_params, nondiff_params = eqx.partition(params, perturbed_params)
+    args, terms, _ = params
 
     def cond_fun(carry):
         index, *_ = carry
@@ -323,7 +319,9 @@ def _reversible_loop_bwd(
         index, ts_index, y1, solver_state1, grad_y1, grad_solver_state1, grads = carry
         index = index - 1
         step = record.read(index, num_steps)
-        y0, dense_info, solver_state0 = reverse(terms, step, y1, args, solver_state1)
+        y0, dense_info, solver_state0 = closed.reverse(
+            terms, step, y1, args, solver_state1
+        )
         if saveat.subs.ts is None:
             grad_dense_info = None
         else:
@@ -332,7 +330,7 @@ def _reversible_loop_bwd(
                 ts_index,
                 ts_offset,
                 grad_ys,
-                ft.partial(interpolation_cls, t0=step.t0, t1=step.t1),
+                ft.partial(closed.interpolation_cls, t0=step.t0, t1=step.t1),
                 dense_info,
                 step.previous_t1,
             )
@@ -340,35 +338,21 @@ def _reversible_loop_bwd(
             step,
             y0,
             solver_state0,
-            params,
+            diff_params,
             nondiff_params,
             (grad_y1, grad_solver_state1, grad_dense_info),
         )
         grads = _add(grads, step_grads)
         return index, ts_index, y0, solver_state0, grad_y0, grad_solver_state0, grads
 
-    init_carry = (
-        num_steps,
-        num_ts,
-        y1,
-        solver_state1,
-        grad_y1,
-        _zeros_like(_filter_inexact(solver_state1)),
-        _zeros_like(params),
-    )
+    grad_solver_state1 = _zeros_like(_filter_inexact(solver_state1))
+    states = (y1, solver_state1, grad_y1, grad_solver_state1)
+    init_carry = (num_steps, num_ts, *states, _zeros_like(diff_params))
     final_carry = lax.while_loop(cond_fun, body_fun, init_carry)
     _, _, _, _, grad_y0, grad_solver_state0, grads = final_carry
-
-    if saveat.subs.t0:
-        grad_y0 = _add(grad_y0, jtu.tree_map(lambda g: g[0], grad_ys))
-    if saveat.subs.ts is not None:
-        # Without any step everything that was saved is `y0` itself.
-        at_ts = slice(ts_offset, ts_offset + len(saveat.subs.ts))
-        grad_y0 = jtu.tree_map(
-            lambda g, gs: g + jnp.where(t0 == t1, jnp.sum(gs[at_ts], axis=0), 0),
-            grad_y0,
-            grad_ys,
-        )
+    grad_y0 = _pull_back_start(
+        grad_y0, grad_ys, ts_offset, saveat, closed.t0 == closed.t1
+    )
     return (grad_y0, grad_solver_state0, *grads)
 
 
@@ -382,6 +366,26 @@ def _materialise_zeros(grad_ys: PyTree, y0: Y, saveat: SaveAt) -> PyTree:
         return _grad
 
     return jtu.tree_map(_materialise, _filter_inexact(y0), grad_ys)
+
+
+def _pull_back_start(
+    grad_y0: Y,
+    grad_ys: PyTree[Array],
+    ts_offset: int,
+    saveat: SaveAt,
+    no_steps: BoolScalarLike,
+) -> Y:
+    """Adds the cotangents of that output which is `y0` itself."""
+    if saveat.subs.t0:
+        grad_y0 = _add(grad_y0, jtu.tree_map(lambda g: g[0], grad_ys))
+    if saveat.subs.ts is not None:
+        at_ts = slice(ts_offset, ts_offset + len(saveat.subs.ts))
+        grad_y0 = jtu.tree_map(
+            lambda g, gs: g + jnp.where(no_steps, jnp.sum(gs[at_ts], axis=0), 0),
+            grad_y0,
+            grad_ys,
+        )
+    return grad_y0
 
 
 def _refuse_other_outputs(grad_y1: Y, grad_final_state: Any, name: str) -> Y:

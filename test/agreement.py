@@ -364,9 +364,34 @@ def _complex_state(solve):
     return jnp.real(ys), jnp.imag(ys)
 
 
+@_case("integers as y0", single_term=True)
+def _integer_state(solve):
+    return solve(y0=jnp.array([1, 2, 3]), saveat=diffrax.SaveAt(ts=ts)).ys
+
+
+@_case("Python numbers as y0", single_term=True)
+def _python_state(solve):
+    def vector_field(t, y, args):
+        x, z = y
+        return args["b"][0] * z, -args["b"][1] * jnp.sin(x)
+
+    return solve(terms=diffrax.ODETerm(vector_field), y0=(1.0, 2)).ys
+
+
 #
 # Parameters in other places than `args`
 #
+
+
+@_case("random keys in args", single_term=True)
+def _random_keys(solve):
+    def vector_field(t, y, args):
+        a, new_key, old_key = args
+        keys = jr.fold_in(new_key, 1), jr.fold_in(old_key, 2)
+        return jnp.tanh(a @ y) + jr.normal(keys[0], (3,)) * jr.normal(keys[1], (3,))
+
+    args = (solve.params["a"], jr.key(1), jr.PRNGKey(2))
+    return solve(terms=diffrax.ODETerm(vector_field), args=args, saveat=everything).ys
 
 
 class _Field(eqx.Module):
@@ -505,6 +530,49 @@ def _nested_vmap(solve):
     solve_one = lambda y, t: solve(y0=solve.y0(y), t1=t, saveat=diffrax.SaveAt(t1=True))
     over_t1 = lambda y: jax.vmap(lambda t: solve_one(y, t).ys)(jnp.array([t1, 1.0]))
     return jax.vmap(over_t1)(_batch(solve, 2))
+
+
+@_case("vmap over y0, args not batched")
+def _vmap_in_axes(solve):
+    solve_one = lambda y, args: solve(y0=solve.y0(y), args=args, saveat=everything).ys
+    in_axes = (0, None)
+    arrays, others = eqx.partition(_args(solve.params), eqx.is_array)
+    combined = lambda y, args: solve_one(y, eqx.combine(args, others))
+    return jax.vmap(combined, in_axes)(_batch(solve), arrays)
+
+
+@_case("solves in a scan")
+def _scan(solve):
+    def body(y, scale):
+        ys = solve(y0=y, t1=t0 + scale).ys
+        return jtu.tree_map(lambda x: x[-1], ys), ys
+
+    y0 = solve.y0(solve.params["y0"])
+    return jax.lax.scan(body, y0, jnp.array([0.5, 1.1]))
+
+
+@_case("a solve in a branch of cond")
+def _cond(solve):
+    y0 = solve.y0(solve.params["y0"])
+    solve_one = lambda y: solve(y0=y, saveat=everything).ys
+    skip_one = lambda y: jtu.tree_map(jnp.zeros_like, jax.eval_shape(solve_one, y))
+    pred = solve.params["a"][0, 0] < 100
+    return jax.lax.cond(pred, solve_one, skip_one, y0)
+
+
+@_case("a solve in jax.checkpoint")
+def _checkpoint(solve):
+    solve_one = lambda y: solve(y0=solve.y0(y), saveat=everything).ys
+    return jax.checkpoint(solve_one)(solve.params["y0"])
+
+
+@_case("a solve in the vector field of another", single_term=True)
+def _nested_solve(solve):
+    def vector_field(t, y, args):
+        inner = lambda s, z, _: _drift(s, z, args)
+        return solve(terms=diffrax.ODETerm(inner), y0=y, t1=t0 + 0.3, args=None).ys[-1]
+
+    return solve(terms=diffrax.ODETerm(vector_field), t1=t0 + 0.4).ys
 
 
 @_case("vmap of grad")
