@@ -22,6 +22,9 @@ import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
 
+# Before any array is made.
+jax.config.update("jax_enable_x64", True)
+
 t0, t1, dt0 = 0.5, 2.45, 0.2
 # At both ends, twice at the same time, several in one step, none in many, and on the
 # end of a step.
@@ -139,6 +142,8 @@ class Case:
     dtype: Any = jnp.float64
     # Upstream's is wrong when vmapping over `SaveAt(ts=...)` with `t1=True`.
     reference: diffrax.AbstractAdjoint = diffrax.RecursiveCheckpointAdjoint()
+    # Takes long to compile: with which solver to do so in the quick part of the tests.
+    quick_solver: str | None = None
 
     def suits(self, solver: diffrax.AbstractSolver) -> bool:
         unwrapped = getattr(solver, "solver", solver)
@@ -232,7 +237,9 @@ def _step_to_backwards(solve):
 
 @_case("adaptive, rejected steps", is_adaptive=True)
 def _adaptive(solve):
-    sol = solve(dt0=0.9, stepsize_controller=adaptive, saveat=everything, max_steps=512)
+    sol = solve(
+        dt0=0.9, stepsize_controller=adaptive, saveat=everything, max_steps=16384
+    )
     num_rejected = eqx.error_if(
         sol.stats["num_rejected_steps"],
         sol.stats["num_rejected_steps"] == 0,
@@ -243,7 +250,7 @@ def _adaptive(solve):
 
 @_case("adaptive, dt0=None, backwards in time", is_adaptive=True)
 def _adaptive_backwards(solve):
-    kwargs: Any = dict(dt0=None, stepsize_controller=adaptive, max_steps=512)
+    kwargs: Any = dict(dt0=None, stepsize_controller=adaptive, max_steps=16384)
     return solve(t0=t1, t1=t0, saveat=diffrax.SaveAt(ts=ts[::-1]), **kwargs).ys
 
 
@@ -266,7 +273,7 @@ def _jump(solve, ts, jump_ts, **kwargs):
         terms=solve.terms(_discontinuous),
         stepsize_controller=controller,
         saveat=diffrax.SaveAt(t0=True, t1=True, ts=ts),
-        max_steps=512,
+        max_steps=16384,
         **kwargs,
     ).ys
 
@@ -281,7 +288,7 @@ _case("several jumps, backwards in time", is_adaptive=True)(
 
 @_case("passed made_jump", is_adaptive=True)
 def _made_jump(solve):
-    return solve(stepsize_controller=adaptive, made_jump=True, max_steps=512).ys
+    return solve(stepsize_controller=adaptive, made_jump=True, max_steps=16384).ys
 
 
 #
@@ -468,7 +475,7 @@ _case("SDE", single_term=True, is_sde=True)(_sde)
 @_case("SDE, adaptive", single_term=True, is_sde=True, is_adaptive=True)
 def _adaptive_sde(solve):
     controller = diffrax.PIDController(rtol=1e-2, atol=1e-2, dtmin=1e-2)
-    return _sde(solve, stepsize_controller=controller, max_steps=512)
+    return _sde(solve, stepsize_controller=controller, max_steps=16384)
 
 
 #
@@ -514,7 +521,7 @@ def _vmap_t1(solve):
 
 @_case("vmap, adaptive, different numbers of steps", is_adaptive=True)
 def _vmap_adaptive(solve):
-    kwargs: Any = dict(stepsize_controller=adaptive, max_steps=512, saveat=everything)
+    kwargs: Any = dict(stepsize_controller=adaptive, max_steps=16384, saveat=everything)
     solve_one = lambda y: solve(y0=solve.y0(y), **kwargs).ys
     return jax.vmap(solve_one)(_batch(solve) ** 3)
 
@@ -566,7 +573,11 @@ def _checkpoint(solve):
     return jax.checkpoint(solve_one)(solve.params["y0"])
 
 
-@_case("a solve in the vector field of another", single_term=True)
+@_case(
+    "a solve in the vector field of another",
+    single_term=True,
+    quick_solver="LeapfrogMidpoint",
+)
 def _nested_solve(solve):
     def vector_field(t, y, args):
         inner = lambda s, z, _: _drift(s, z, args)
@@ -641,7 +652,6 @@ def main() -> None:
     parser.add_argument("--solver", default="", help="a part of a solver's name")
     parser.add_argument("--case", default="", help="a part of a case's name")
     arguments = parser.parse_args()
-    jax.config.update("jax_enable_x64", True)
     worst = 0.0
     print(f"{'case':44s} {'solver':28s} {'value':>8s} {'gradient':>8s}")
     for case_name, solver_name in pairs(arguments.solver, arguments.case):
