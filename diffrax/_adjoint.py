@@ -24,6 +24,13 @@ from ._solver import (
     HalfSolver,
 )
 from ._solver.reversible_half_solver import ReversibleHalfSolver
+from ._step_size_controller import (
+    AbstractStepSizeController,
+    ClipStepSizeController,
+    ConstantStepSize,
+    PIDController,
+    StepTo,
+)
 from ._term import AbstractTerm
 from ._upstream_adjoint import *  # noqa: F403
 from ._upstream_adjoint import (
@@ -76,13 +83,18 @@ class ReversibleAdjoint(AbstractAdjoint):
     passed), and whatever the vector field closes over, through `SaveAt(t0=..., t1=...,
     ts=...)`. An attempt to differentiate anything else (the times `t0`, `t1`, `dt0`,
     `SaveAt(ts=...)` or those of the step size controller; the outputs `Solution.ts`,
-    `Solution.solver_state` and `Solution.controller_state`) raises an error.
+    `Solution.solver_state` and `Solution.controller_state`; a gradient) raises an
+    error.
 
     !!! warning
 
         Undoing a step is exact up to rounding; undoing many multiplies these rounding
         errors if the dynamics backward in time are unstable. The docstring of each
-        solver tells what it is suited for. If in doubt, compare the gradient to that of
+        solver tells what it is suited for. Going back ends at a `y0` that is known: if
+        the difference is more than half of the digits (the square root of the machine
+        epsilon, relative to how large that leaf of `y` becomes) then there is an error
+        rather than a gradient, or with `throw=False` one that is NaN. A gradient can be
+        far more sensitive than that. If in doubt, compare it to that of
         [`diffrax.RecursiveCheckpointAdjoint`][].
 
     !!! info
@@ -130,7 +142,7 @@ class ReversibleAdjoint(AbstractAdjoint):
         passed_controller_state,
         progress_meter,
     ) -> Any:
-        del throw, passed_solver_state, passed_controller_state
+        del passed_solver_state, passed_controller_state
         name = type(self).__name__
         _check_supported(terms, saveat, event, name)
         solver = _as_reversible(solver, name)
@@ -139,6 +151,9 @@ class ReversibleAdjoint(AbstractAdjoint):
             f"Cannot use forward-mode autodifferentiation with `adjoint={name}()`. "
             "Consider using `adjoint=ForwardMode()` instead, or "
             "`adjoint=DirectAdjoint()` for both forward and reverse mode.",
+        )
+        _refuse_gradient_of_steps(
+            stepsize_controller, solver, terms, args, init_state, name
         )
         nondifferentiable = ft.partial(_nondifferentiable_input, name=name)
         t0 = nondifferentiable(t0, "t0")
@@ -161,7 +176,14 @@ class ReversibleAdjoint(AbstractAdjoint):
         if max_steps is None:
             return self._unbounded_loop(y, solver_state, args, terms, **kwargs)
         local, closed = close_solve(
-            self._loop, y, solver_state, args, terms, name=name, **kwargs
+            self._loop,
+            y,
+            solver_state,
+            args,
+            terms,
+            name=name,
+            throw=throw,
+            **kwargs,
         )
         final_state, aux_stats = reversible_loop(
             (y, solver_state, args, terms, local), closed
@@ -252,6 +274,44 @@ def _check_supported(
     raise NotImplementedError(
         f"Cannot use `adjoint={name}()` with `{refused}`. Consider using "
         "`adjoint=RecursiveCheckpointAdjoint()` instead."
+    )
+
+
+def _has_steps_without_gradient(controller: AbstractStepSizeController) -> bool:
+    """Whether this is known to be a controller through the steps of which no gradient
+    flows: those of Diffrax stop it."""
+    if type(controller) is ClipStepSizeController:
+        return _has_steps_without_gradient(controller.controller)
+    return type(controller) in (ConstantStepSize, StepTo, PIDController)
+
+
+def _refuse_gradient_of_steps(
+    controller: AbstractStepSizeController,
+    solver: AbstractSolver,
+    terms: PyTree[AbstractTerm],
+    args: PyTree,
+    state: Any,
+    name: str,
+) -> None:
+    """Raises an error if the size of the next step, which takes no part in the backward
+    pass, is a function of what is being differentiated."""
+    if _has_steps_without_gradient(controller):
+        return
+    # Only the derivative of this is of interest; its values are not used.
+    times = state.tprev, state.tnext
+    y1, y_error, *_ = solver.step(
+        terms, *times, state.y, args, state.solver_state, state.made_jump
+    )
+    error_order = solver.error_order(terms)
+    _, *next_times, _, controller_state, _ = controller.adapt_step_size(
+        *times, state.y, y1, args, y_error, error_order, state.controller_state
+    )
+    eqxi.nondifferentiable(
+        (next_times, controller_state),
+        msg=f"Cannot differentiate through the steps of `stepsize_controller="
+        f"{type(controller).__name__}(...)` when using `adjoint={name}()`. Consider "
+        "using `adjoint=RecursiveCheckpointAdjoint()` instead, or "
+        "`jax.lax.stop_gradient` in the controller, as `PIDController` does.",
     )
 
 

@@ -28,6 +28,7 @@ from ._custom_types import (
 from ._saveat import SaveAt
 from ._solver import AbstractReversibleSolver
 from ._step_record import may_jump, Step, StepRecord
+from ._step_size_controller import ConstantStepSize, StepTo
 from ._term import AbstractTerm
 from ._upstream_adjoint import _inner_loop
 
@@ -36,7 +37,15 @@ _filter_inexact = ft.partial(eqx.filter, filter_spec=eqx.is_inexact_array)
 
 
 def as_arrays(tree: PyTree) -> PyTree:
-    return jtu.tree_map(lambda x: jnp.asarray(x) if eqx.is_array_like(x) else x, tree)
+    """Makes arrays, of a dtype that is not weak, of everything like an array."""
+
+    def _as_array(x):
+        if eqx.is_array_like(x):
+            x = jnp.asarray(x)
+            return lax.convert_element_type(x, x.dtype)
+        return x
+
+    return jtu.tree_map(_as_array, tree)
 
 
 def _add(x: PyTree, y: PyTree) -> PyTree:
@@ -64,17 +73,19 @@ class ClosedSolve(eqx.Module):
         that returns `(final_state, aux_stats, record)`.
     - `reverse`: undoes one step; a function of `(terms, step, y1, args, solver_state)`
         that returns `(y0, dense_info, solver_state)`.
-    - `saveat`, `t0`, `t1`: as passed to `diffeqsolve`.
-    - `interpolation_cls`: that of the solver.
+    - `interpolate`: the solution inside of one step; a function of `(dense_info, step,
+        t)`.
+    - `saveat`, `t0`, `t1`, `throw`: as passed to `diffeqsolve`.
     - `name`: what to call the adjoint in error messages.
     """
 
     forward: Callable
     reverse: Callable
+    interpolate: Callable
     saveat: SaveAt
     t0: RealScalarLike
     t1: RealScalarLike
-    interpolation_cls: Callable
+    throw: bool
     name: str
 
 
@@ -102,6 +113,7 @@ def close_solve(
     saveat: SaveAt,
     t0: RealScalarLike,
     t1: RealScalarLike,
+    throw: bool,
     **kwargs: Any,
 ) -> tuple[Callable, ClosedSolve]:
     """Prepares a solve for `reversible_loop`.
@@ -119,6 +131,14 @@ def close_solve(
 
     def forward(_y, _solver_state, _args, _terms):
         _init_state = set_y_and_solver_state(init_state, _y, _solver_state)
+        # Upstream's loop takes a `True` that is known when tracing to hold for every
+        # step, if the controller keeps all steps.
+        keeps_all = type(stepsize_controller) in (ConstantStepSize, StepTo)
+        always_jumps = init_state.made_jump is True and keeps_all
+        if init_state.made_jump is True and not keeps_all:
+            _init_state = eqx.tree_at(
+                lambda s: s.made_jump, _init_state, jnp.asarray(True)
+            )
         _loop = ft.partial(
             loop,
             args=_args,
@@ -132,13 +152,13 @@ def close_solve(
             t1=t1,
             **kwargs,
         )
-        return _loop_and_record(_loop, solver, empty_record)
+        return _loop_and_record(_loop, solver, empty_record, always_jumps)
 
     def local(_terms, _step, _y0, _args, _solver_state):
         _y1, _, _dense_info, _solver_state, _ = solver.step(
             _terms, _step.t0, _step.t1, _y0, _args, _solver_state, _step.made_jump
         )
-        return _y1, _dense_info, as_arrays(_solver_state)
+        return as_arrays((_y1, _dense_info, _solver_state))
 
     def reverse(_terms, _step, _y1, _args, _solver_state):
         _solver_state = solver.restore_state(
@@ -153,23 +173,34 @@ def close_solve(
         _y0, _dense_info, _solver_state = solver.backward_step(
             _terms, _step.t0, _step.t1, _y1, _args, _solver_state, _step.made_jump
         )
-        return _y0, _dense_info, as_arrays(_solver_state)
+        return as_arrays((_y0, _dense_info, _solver_state))
+
+    def interpolate(_dense_info, _step, _t):
+        _interpolation = solver.interpolation_cls(
+            t0=_step.t0, t1=_step.t1, **_dense_info
+        )
+        return _interpolation.evaluate(_t)
 
     step = eqx.filter_eval_shape(empty_record.read, 0, 1)
     convert: Any = eqx.filter_closure_convert
     closed_local = convert(local, terms, step, y, args, solver_state)
     closed_reverse = convert(reverse, terms, step, y, args, solver_state)
     closed_forward = convert(forward, y, solver_state, args, terms)
+    _, dense_info, _ = eqx.filter_eval_shape(
+        closed_local, terms, step, y, args, solver_state
+    )
+    closed_interpolate = convert(interpolate, dense_info, step, step.t0)
     # `local` is what passes on the gradient with respect to anything that it closes
     # over. Anything else does not have one.
     has_gradient = {id(x) for x in closed_local.consts}
     return closed_local, ClosedSolve(
         forward=_without_gradient(closed_forward, has_gradient, name),
         reverse=_without_gradient(closed_reverse, has_gradient, name),
+        interpolate=_without_gradient(closed_interpolate, set(), name),
         saveat=saveat,
         t0=t0,
         t1=t1,
-        interpolation_cls=solver.interpolation_cls,
+        throw=throw,
         name=name,
     )
 
@@ -177,9 +208,10 @@ def close_solve(
 def _without_gradient(closed: Any, has_gradient: set[int], name: str) -> Any:
     msg = (
         f"Cannot differentiate, when using `adjoint={name}()`, with respect to a value "
-        "that only the step size controller, its state, or the times of the solve "
-        "depend on. Consider using `adjoint=RecursiveCheckpointAdjoint()`, or wrapping "
-        "the value in `jax.lax.stop_gradient`."
+        "that only the step size controller, its state, the times of the solve, or the "
+        "solver's interpolation depend on. Consider using "
+        "`adjoint=RecursiveCheckpointAdjoint()`, or wrapping the value in "
+        "`jax.lax.stop_gradient`."
     )
     consts = [
         lax.stop_gradient(x)
@@ -196,7 +228,10 @@ def _without_gradient(closed: Any, has_gradient: set[int], name: str) -> Any:
 
 
 def _loop_and_record(
-    loop: Callable, solver: AbstractReversibleSolver, record: StepRecord
+    loop: Callable,
+    solver: AbstractReversibleSolver,
+    record: StepRecord,
+    always_jumps: bool,
 ) -> tuple[Any, Any, StepRecord]:
     """Runs `loop`, recording every accepted step."""
     final_record = None
@@ -213,7 +248,7 @@ def _loop_and_record(
                 state.num_accepted_steps,
                 state.tprev,
                 state.tnext,
-                state.made_jump,
+                True if always_jumps else state.made_jump,
                 solver.record_state(state.solver_state),
                 pred=new_state.num_accepted_steps > state.num_accepted_steps,
             )
@@ -289,12 +324,17 @@ def _reversible_loop_bwd(
     y__solver_state__args__terms__local,
     closed: ClosedSolve,
 ):
+    residuals, grad_final_state__aux_stats, inputs = eqxi.nondifferentiable(
+        (residuals, grad_final_state__aux_stats, y__solver_state__args__terms__local),
+        msg=f"Cannot differentiate twice when using `adjoint={closed.name}()`. "
+        "Consider using `adjoint=RecursiveCheckpointAdjoint()` instead.",
+    )
     y1, solver_state1, num_steps, num_ts, num_saved, record = residuals
     grad_final_state, _ = grad_final_state__aux_stats
-    y0, _, *params = y__solver_state__args__terms__local
+    y0, _, *params = inputs
     _, _, *perturbed_params = perturbed
-    del residuals, grad_final_state__aux_stats
-    del y__solver_state__args__terms__local, perturbed
+    del residuals, grad_final_state__aux_stats, inputs, perturbed
+    del y__solver_state__args__terms__local
 
     # The cotangents of what was saved, each one or more rows of `grad_ys`:
     # `[t0, ts[0], ..., ts[num_ts - 1], t1]`, of which each may be missing.
@@ -316,7 +356,8 @@ def _reversible_loop_bwd(
         return index > 0
 
     def body_fun(carry):
-        index, ts_index, y1, solver_state1, grad_y1, grad_solver_state1, grads = carry
+        index, ts_index, size, *states, grads = carry
+        y1, solver_state1, grad_y1, grad_solver_state1 = states
         index = index - 1
         step = record.read(index, num_steps)
         y0, dense_info, solver_state0 = closed.reverse(
@@ -330,7 +371,7 @@ def _reversible_loop_bwd(
                 ts_index,
                 ts_offset,
                 grad_ys,
-                ft.partial(closed.interpolation_cls, t0=step.t0, t1=step.t1),
+                lambda info, t, step=step: closed.interpolate(info, step, t),
                 dense_info,
                 step.previous_t1,
             )
@@ -342,18 +383,20 @@ def _reversible_loop_bwd(
             nondiff_params,
             (grad_y1, grad_solver_state1, grad_dense_info),
         )
-        grads = _add(grads, step_grads)
-        return index, ts_index, y0, solver_state0, grad_y0, grad_solver_state0, grads
+        size = jtu.tree_map(jnp.maximum, size, _max_abs(y0))
+        states = (y0, solver_state0, grad_y0, grad_solver_state0)
+        return index, ts_index, size, *states, _add(grads, step_grads)
 
     grad_solver_state1 = _zeros_like(_filter_inexact(solver_state1))
     states = (y1, solver_state1, grad_y1, grad_solver_state1)
-    init_carry = (num_steps, num_ts, *states, _zeros_like(diff_params))
+    init_carry = (num_steps, num_ts, _max_abs(y1), *states, _zeros_like(diff_params))
     final_carry = lax.while_loop(cond_fun, body_fun, init_carry)
-    _, _, _, _, grad_y0, grad_solver_state0, grads = final_carry
+    _, _, size, found_y0, _, grad_y0, grad_solver_state0, grads = final_carry
     grad_y0 = _pull_back_start(
         grad_y0, grad_ys, ts_offset, saveat, closed.t0 == closed.t1
     )
-    return (grad_y0, grad_solver_state0, *grads)
+    grads = (grad_y0, grad_solver_state0, *grads)
+    return _refuse_drift(grads, found_y0, y0, y1, size, closed)
 
 
 def _materialise_zeros(grad_ys: PyTree, y0: Y, saveat: SaveAt) -> PyTree:
@@ -414,12 +457,50 @@ def _refuse_other_outputs(grad_y1: Y, grad_final_state: Any, name: str) -> Y:
     return grad_y1
 
 
+def _max_abs(tree: PyTree) -> PyTree:
+    return jtu.tree_map(lambda x: jnp.max(jnp.abs(x), initial=0), _filter_inexact(tree))
+
+
+def _refuse_drift(
+    grads: PyTree, found_y0: Y, y0: Y, y1: Y, size: PyTree, closed: ClosedSolve
+) -> PyTree:
+    """Returns `grads`, if going back over the whole solve led to where it had started,
+    to half of the digits. Raises an error at run time if not, or with `throw=False`
+    makes the gradients NaN.
+
+    `size` is how large each leaf of the solution became."""
+    has_drifted = False
+    leaves = [jtu.tree_leaves(_filter_inexact(y)) for y in (found_y0, y0, y1)]
+    for found, true, end, max_abs in zip(*leaves, jtu.tree_leaves(size)):
+        tolerance = float(jnp.finfo(true.dtype).eps) ** 0.5
+        drift = jnp.max(jnp.abs(found - true), initial=0)
+        # A solve that failed has told so itself. Its gradients are not finite either.
+        is_finite = jnp.all(jnp.isfinite(end))
+        # Not `>`, for which NaN would be small.
+        has_drifted |= ~(drift <= tolerance * max_abs) & is_finite
+    if closed.throw:
+        return eqx.error_if(
+            grads,
+            has_drifted,
+            f"Cannot compute the gradient using `adjoint={closed.name}()`: going back "
+            "over the steps of the solver did not lead to the `y0` that it had started "
+            "from, as too many rounding errors have piled up. Consider making fewer "
+            "steps, using float64, a solver that is stable for this problem or, for "
+            "`UReversible`, a `coupling_parameter` nearer to one; or using "
+            "`adjoint=RecursiveCheckpointAdjoint()` instead.",
+        )
+    return jtu.tree_map(
+        lambda g: jnp.where(has_drifted, jnp.nan, g) if eqx.is_inexact_array(g) else g,
+        grads,
+    )
+
+
 def _pull_back_ts(
     ts: Array,
     ts_index: IntScalarLike,
     ts_offset: int,
     grad_ys: PyTree[Array],
-    interpolation_cls: Callable,
+    interpolate: Callable,
     dense_info: DenseInfo,
     previous_t1: RealScalarLike,
 ) -> tuple[IntScalarLike, PyTree[Array]]:
@@ -436,8 +517,7 @@ def _pull_back_ts(
         index = index - 1
 
         def _evaluate(_diff):
-            _interpolation = interpolation_cls(**eqx.combine(_diff, nondiff))
-            return _interpolation.evaluate(ts[index])
+            return interpolate(eqx.combine(_diff, nondiff), ts[index])
 
         y, pull_back = jax.vjp(_evaluate, diff)
         grad_y = jtu.tree_map(

@@ -117,14 +117,18 @@ class StepRecord(eqx.Module):
         )
 
     def read(self, index: IntScalarLike, num_steps: IntScalarLike) -> Step:
-        """The step at `index`, of `num_steps` that were written."""
+        """The step at `index`, of `num_steps` that were written. At -1 there is a step
+        of zero length at the start, which changes nothing: for those members of a batch
+        that are done."""
+        is_done = index < 0
+        index = jnp.maximum(index, 0)
         is_first = index == 0
         is_last = index == num_steps - 1
         before = self.t1s[jnp.maximum(index - 1, 0)]
         if self.t0s is None:
             t0 = jnp.where(is_first, self.start, before)
         else:
-            t0 = self.t0s[index]
+            t0 = jnp.where(is_done, self.start, self.t0s[index])
         if self.made_jumps is None:
             made_jump = next_made_jump = False
         else:
@@ -133,7 +137,7 @@ class StepRecord(eqx.Module):
             next_made_jump = after & jnp.invert(is_last)
         return Step(
             t0=t0,
-            t1=self.t1s[index],
+            t1=jnp.where(is_done, self.start, self.t1s[index]),
             previous_t1=jnp.where(is_first, -jnp.inf, before),
             made_jump=made_jump,
             next_made_jump=next_made_jump,

@@ -157,19 +157,24 @@ _subs = [diffrax.SubSaveAt(t0=True), diffrax.SubSaveAt(t1=True)]
 def test_refused(kwargs, error, match):
     evaluations = 0
 
-    def counted(t, y, args):
+    def count():
         nonlocal evaluations
         evaluations += 1
+
+    def counted(t, y, args):
+        jax.debug.callback(count)
         return _field(t, y, args)
 
     kwargs = dict(terms=diffrax.ODETerm(counted)) | kwargs
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is not marked as converging")
         with pytest.raises(error, match=match) as info:
-            jax.eval_shape(lambda: _solve(**kwargs))
+            _solve(**kwargs)
     # Every message says what was wrong, and what to do.
     assert "Cannot use" in str(info.value)
     assert "Consider using" in str(info.value)
+    jax.effects_barrier()
+    assert evaluations == 0
 
 
 _forward = {
@@ -188,6 +193,105 @@ _forward = {
 def test_forward_mode(mode):
     with pytest.raises(NotImplementedError, match="Consider using .*ForwardMode"):
         jax.block_until_ready(_forward[mode](_loss))
+
+
+_twice = {
+    "grad of grad": lambda fn: jax.grad(jax.grad(fn))(jnp.array(1.0)),
+    "jit": lambda fn: jax.jit(jax.grad(jax.grad(fn)))(jnp.array(1.0)),
+    "jacrev of jacrev": lambda fn: jax.jacrev(jax.jacrev(fn))(jnp.array(1.0)),
+    "vmap": lambda fn: jax.grad(lambda x: jnp.sum(jax.vmap(jax.grad(fn))(x)))(
+        jnp.ones(2)
+    ),
+}
+
+
+@pytest.mark.parametrize("mode", _twice)
+def test_second_derivative(mode):
+    with pytest.raises(Exception, match="Cannot differentiate twice"):
+        jax.block_until_ready(_twice[mode](_loss))
+
+
+class _OwnController(diffrax.AbstractStepSizeController):
+    """Steps that depend on the solution."""
+
+    stop: bool
+
+    def wrap(self, direction):
+        return self
+
+    def init(self, terms, t0, t1, y0, dt0, args, func, error_order):
+        return t0 + dt0, None
+
+    def adapt_step_size(self, t0, t1, y0, y1, args, *rest):
+        step = 0.1 + 0.05 * jnp.tanh(jnp.sum(y1))
+        if self.stop:
+            step = jax.lax.stop_gradient(step)
+        return True, t1, t1 + step, False, None, diffrax.RESULTS.successful
+
+
+@pytest.mark.parametrize("jit", (lambda fn: fn, jax.jit), ids=("", "jit"))
+def test_own_controller(jit):
+    def grad(controller, adjoint):
+        loss = lambda args: _loss(args, stepsize_controller=controller, adjoint=adjoint)
+        return jit(jax.grad(loss))(jnp.array(1.0))
+
+    stopped = _OwnController(True)
+    np.testing.assert_allclose(
+        grad(stopped, diffrax.ReversibleAdjoint()),
+        grad(stopped, diffrax.RecursiveCheckpointAdjoint()),
+        rtol=1e-12,
+    )
+    with pytest.raises(Exception, match="the steps of `stepsize_controller=_OwnCon"):
+        grad(_OwnController(False), diffrax.ReversibleAdjoint())
+
+
+#
+# Not to be trusted
+#
+
+
+@pytest.mark.parametrize(
+    "coupling_parameter, num_steps, t1",
+    # Rounding is multiplied by `coupling_parameter**-num_steps`.
+    ((0.5, 60, 5.0), (0.5, 2000, 5.0), (0.9, 400, 5.0)),
+)
+def test_drift(coupling_parameter, num_steps, t1):
+    solver = diffrax.UReversible(diffrax.Heun(), coupling_parameter)
+
+    def grad(throw):
+        loss = lambda args: _loss(
+            args,
+            terms=diffrax.ODETerm(
+                lambda t, y, p: jnp.stack([y[1], -p * jnp.sin(y[0])])
+            ),
+            solver=solver,
+            t1=t1,
+            dt0=t1 / num_steps,
+            max_steps=4096,
+            throw=throw,
+        )
+        return eqx.filter_jit(jax.value_and_grad(loss))(jnp.array(1.0))
+
+    value, gradient = grad(throw=False)
+    assert jnp.isfinite(value)
+    assert jnp.isnan(gradient)
+    with pytest.raises(Exception, match="did not lead to the `y0`"):
+        jax.block_until_ready(grad(throw=True))
+
+
+def test_batch_members_that_are_done():
+    # They wait for the others without ever leaving the interval of their solve.
+    def field(t, y, args):
+        t = eqx.error_if(t, (t < 0.5) | (t > 1.3 + 1e-12), "outside of the interval")
+        return _field(t, y, args)
+
+    @eqx.filter_jit
+    @jax.vmap
+    def grad(t1):
+        kwargs: Any = dict(terms=diffrax.ODETerm(field), t0=0.5)
+        return jax.grad(lambda args: _loss(args, t1=t1, **kwargs))(jnp.array(1.0))
+
+    assert jnp.all(jnp.isfinite(grad(jnp.array([0.7, 1.3, 0.5]))))
 
 
 #

@@ -131,14 +131,33 @@ def test_step_then_backward_step(name, dtype, seed, start, steps, made_jump):
     tolerance = (
         200 * float(jnp.finfo(dtype).eps) / getattr(solver, "coupling_parameter", 1.0)
     )
-    leaves = jtu.tree_leaves((before, y1))
-    floats = [x for x in leaves if eqx.is_inexact_array(x) and x.size > 0]
-    size = max(float(jnp.max(jnp.abs(x))) for x in floats)
-    for x, y in zip(jtu.tree_leaves(before), jtu.tree_leaves(after)):
-        assert jnp.shape(x) == jnp.shape(y)
-        assert jnp.result_type(x) == jnp.result_type(y)
-        if jnp.size(x) > 0:
-            assert float(jnp.max(jnp.abs(x - y))) <= tolerance * size
+    y, *_ = before
+    scale = _structure(dtype)
+    if isinstance(solver, diffrax.SemiImplicitEuler):
+        scale = (scale, scale)
+    sizes = {
+        jtu.keystr(path): max(map(_max_abs, leaves))
+        for path, *leaves in _leaves_with_path(y, y1, scale)
+    }
+    for path, x, found in _leaves_with_path(before, after):
+        assert jnp.shape(x) == jnp.shape(found)
+        assert jnp.result_type(x) == jnp.result_type(found)
+        # Relative to the size of that leaf of `y` which it is a part of or, if it is
+        # larger (for example a sum over all of the steps), of itself.
+        keys = (jtu.keystr(path[i:]) for i in range(len(path)))
+        size = max(_max_abs(x), *(sizes.get(key, 0.0) for key in keys))
+        assert float(jnp.max(jnp.abs(x - found), initial=0)) <= tolerance * size
+
+
+def _max_abs(x):
+    return float(jnp.max(jnp.abs(x), initial=0))
+
+
+def _leaves_with_path(tree, *others):
+    others = [jtu.tree_leaves(other) for other in others]
+    leaves, _ = jtu.tree_flatten_with_path(tree)
+    for (path, leaf), *rest in zip(leaves, *others):
+        yield path, leaf, *rest
 
 
 def test_jump_with_too_large_a_step():

@@ -368,6 +368,37 @@ def test_constant_steps_fail(cls):
         assert fails(i, jnp.array(y0), t1, dt0), name
 
 
+@pytest.mark.parametrize("cls", (diffrax.Heun, diffrax.Bosh3, diffrax.Tsit5))
+def test_no_step_size_is_wrong_in_silence(cls):
+    # Up to where the wrapped method itself is no longer stable. With large steps the
+    # error estimates grow along with the gap, and are no excuse for it.
+    term = diffrax.ODETerm(_decay)
+
+    @jax.jit
+    @jax.vmap
+    def errors(dt0):
+        kwargs = dict(t1=60.0, y0=jnp.array([1.0]), throw=False)
+        sol = _solve(diffrax.UReversible(cls()), dt0, term, **kwargs)
+        base = _solve(cls(), dt0, term, **kwargs)
+        is_successful = sol.result == diffrax.RESULTS.successful
+        return jnp.where(is_successful, jnp.abs(sol.ys - base.ys), 0)
+
+    assert jnp.max(errors(jnp.linspace(0.05, 1.9, 100))) < 0.1
+
+
+def test_loose_tolerance():
+    # Steps are rejected before they make the solve fail.
+    def field(t, y, args):
+        return jnp.stack([y[1], -jnp.sin(y[0]) - 0.5 * y[1]])
+
+    controller = diffrax.PIDController(rtol=1e-3, atol=1e-3)
+    kwargs: Any = dict(dt0=None, terms=diffrax.ODETerm(field), t1=40.0)
+    kwargs["stepsize_controller"] = controller
+    sol = _solve(diffrax.UReversible(diffrax.Tsit5()), **kwargs)
+    base = _solve(diffrax.Tsit5(), **kwargs)
+    assert jnp.max(jnp.abs(sol.ys - base.ys)) < 20e-3
+
+
 def test_float32_decay_fails():
     # Of a true solution of 2e-9 this once returned 2.0.
     sol = _solve(

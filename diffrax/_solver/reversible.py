@@ -276,8 +276,9 @@ class UReversible(
         k = _last_stage(tableau, k, k_back)
         error = _combine(tableau.b_error, k)
         history1 = history0.add(y1, error, self.coupling_parameter)
-        y_error = jtu.tree_map(self._error, error, gap0, gap1)
-        result = self._result(gap1, increment, history1)
+        max_gaps = self._max_gaps(increment, history1)
+        y_error = jtu.tree_map(self._error, error, gap0, gap1, max_gaps)
+        result = self._result(gap1, max_gaps)
         dense_info = self._dense_info(y0, y1, gap0, k)
         return y1, y_error, dense_info, (z1, history1), result
 
@@ -312,7 +313,7 @@ class UReversible(
     def func(self, terms: AbstractTerm, t0: RealScalarLike, y0: Y, args: Args) -> VF:
         return self.solver.func(terms, t0, y0, args)
 
-    def _error(self, error, gap0, gap1):
+    def _error(self, error, gap0, gap1, max_gap):
         # The smaller the step, the nearer the gap comes to being multiplied by the
         # coupling parameter. A gap that shrinks like this is no reason to reject a
         # step: as no smaller step could do any better, every step would be rejected if
@@ -323,22 +324,23 @@ class UReversible(
         shrunk = self.coupling_parameter * norm0
         tiny = jnp.finfo(norm0.dtype).tiny
         growth = (norm1 - shrunk) / (norm0 - shrunk + tiny)
-        weight = _gap_weight * jnp.clip(growth, 0, 1)
+        # A tolerance may be so loose that what the solve fails at comes first. So it
+        # counts the more the nearer that is.
+        left = jnp.maximum(1 - norm1 / (max_gap + tiny), 1e-6)
+        weight = _gap_weight * jnp.clip(growth, 0, 1) / left
         return jnp.abs(error) + weight * jnp.abs(lax.stop_gradient(gap1))
 
-    def _result(self, gap1: Y, increment: Y, history1: _History) -> RESULTS:
-        leaves = jtu.tree_leaves
-        if len(leaves(gap1)) == 0:
-            return RESULTS.successful
+    def _max_gaps(self, increment: Y, history1: _History) -> PyTree[Array]:
+        """How large the norm of the gap may be, for each leaf, for the solve to go
+        on."""
         sizes = [
             jnp.sqrt(x / history1.num_steps.astype(x.dtype))
-            for x in leaves(history1.squares)
+            for x in jtu.tree_leaves(history1.squares)
         ]
-        diverged = False
-        nonfinite = False
-        for gap, inc, size, error in zip(
-            leaves(gap1), leaves(increment), sizes, leaves(history1.errors)
-        ):
+
+        def _max_gap(inc, size, error):
+            if self.max_gap == float("inf"):
+                return jnp.full_like(size, jnp.inf)
             # A leaf that is zero, up to the rounding errors of the others, is none to
             # judge by.
             sqrt_eps = float(np.sqrt(jnp.finfo(size.dtype).eps))
@@ -348,14 +350,25 @@ class UReversible(
             if isinstance(self.solver, Euler):
                 # The error estimate of Euler's method is half of what drives the gap,
                 # be that a large step or an unstable one.
-                allowed = 30 * self.max_gap * size
-            else:
-                allowed = jnp.maximum(self.max_gap * size, 2 * error)
-            # At the start of a solve from zero, `size` is small.
-            allowed = jnp.maximum(allowed, _norm(inc))
-            diverged = diverged | (_norm(gap) > allowed)
+                return 30 * self.max_gap * size
+            # The error estimates of a solve that is unstable grow along with the gap,
+            # but that then is several times the size of the solution. At the start of a
+            # solve from zero, `size` is small.
+            explained = jnp.maximum(2 * error, _norm(inc))
+            return jnp.clip(explained, self.max_gap * size, 10 * self.max_gap * size)
+
+        size = jtu.tree_unflatten(jtu.tree_structure(history1.squares), sizes)
+        return jtu.tree_map(_max_gap, increment, size, history1.errors)
+
+    def _result(self, gap1: Y, max_gaps: PyTree[Array]) -> RESULTS:
+        diverged = False
+        nonfinite = False
+        for gap, max_gap in zip(jtu.tree_leaves(gap1), jtu.tree_leaves(max_gaps)):
+            diverged = diverged | (_norm(gap) > max_gap)
             nonfinite = nonfinite | ~jnp.isfinite(_norm(gap))
         result: Any = RESULTS.successful
+        if len(jtu.tree_leaves(gap1)) == 0:
+            return result
         result = RESULTS.where(diverged, RESULTS.nonlinear_divergence, result)  # pyright: ignore
         return RESULTS.where(nonfinite, RESULTS.nonfinite, result)  # pyright: ignore
 

@@ -110,22 +110,29 @@ class ReversibleHeun(_ReversibleHeun, AbstractReversibleSolver):
 
 def _fixed_point(fn: Callable[[Y], Y], y: Y) -> Y:
     """Solves `fn(y) == y` to rounding level, starting at `y`."""
-    leaves = jtu.tree_leaves(y)
-    if len(leaves) == 0:
+    if len(jtu.tree_leaves(y)) == 0:
         return y
-    tol = 8 * max(float(jnp.finfo(x.dtype).eps) for x in leaves)
-    size = optx.max_norm(y)
-    size = jnp.where(size == 0, 1, size)
+    start = y
 
     def norm(error):
-        # Relative to the largest entry of `y`, with the dtype that Optimistix expects.
-        return (optx.max_norm(error) / size).astype(jnp.result_type(float))
+        # The largest over all leaves of the error relative to the largest entry of the
+        # leaf, in units of rounding, with the dtype that Optimistix expects.
+        def relative(_error, _start):
+            eps = float(jnp.finfo(_start.dtype).eps)
+            size = jnp.max(jnp.abs(_start), initial=0)
+            size = jnp.where(size == 0, 1, size)
+            error = jnp.max(jnp.abs(_error), initial=0) / (eps * size)
+            return error.astype(jnp.result_type(float))
 
-    solver = optx.FixedPointIteration(rtol=0, atol=tol, norm=norm)
+        return optx.max_norm(jtu.tree_map(relative, error, start))
+
+    solver = optx.FixedPointIteration(rtol=0, atol=8, norm=norm)
     sol = optx.fixed_point(lambda _y, _: fn(_y), solver, y, max_steps=256, throw=False)
+    # A solve that failed has told so itself.
+    finite = [jnp.all(jnp.isfinite(x)) for x in jtu.tree_leaves(start)]
     return eqx.error_if(
         sol.value,
-        sol.result != optx.RESULTS.successful,
+        (sol.result != optx.RESULTS.successful) & jnp.all(jnp.stack(finite)),
         "Could not undo the step of `ReversibleHeun` that follows a jump, as its step "
         "size is too large. Consider reducing the step size, or using a different "
         "solver, for example `diffrax.UReversible(diffrax.Heun())`.",
