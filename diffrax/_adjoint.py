@@ -302,7 +302,7 @@ def _refuse_gradient_of_steps(
     y1, y_error, *_ = solver.step(
         terms, *times, state.y, args, state.solver_state, state.made_jump
     )
-    error_order = solver.error_order(terms)
+    error_order: Any = solver.error_order(terms)
     _, *next_times, _, controller_state, _ = controller.adapt_step_size(
         *times, state.y, y1, args, y_error, error_order, state.controller_state
     )

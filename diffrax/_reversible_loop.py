@@ -98,6 +98,28 @@ def set_y_and_solver_state(state: Any, y: Y, solver_state: PyTree) -> Any:
     )
 
 
+def _step(solver, terms, step, y0, args, solver_state):
+    y1, _, dense_info, solver_state, _ = solver.step(
+        terms, step.t0, step.t1, y0, args, solver_state, step.made_jump
+    )
+    return as_arrays((y1, dense_info, solver_state))
+
+
+def _step_back(solver, terms, step, y1, args, solver_state):
+    solver_state = solver.restore_state(
+        terms, step.t1, y1, args, solver_state, step.solver_state, step.next_made_jump
+    )
+    y0, dense_info, solver_state = solver.backward_step(
+        terms, step.t0, step.t1, y1, args, solver_state, step.made_jump
+    )
+    return as_arrays((y0, dense_info, solver_state))
+
+
+def _interpolate(solver, dense_info, step, t):
+    interpolation = solver.interpolation_cls(t0=step.t0, t1=step.t1, **dense_info)
+    return interpolation.evaluate(t)
+
+
 def close_solve(
     loop: Callable,
     y: Y,
@@ -154,42 +176,16 @@ def close_solve(
         )
         return _loop_and_record(_loop, solver, empty_record, always_jumps)
 
-    def local(_terms, _step, _y0, _args, _solver_state):
-        _y1, _, _dense_info, _solver_state, _ = solver.step(
-            _terms, _step.t0, _step.t1, _y0, _args, _solver_state, _step.made_jump
-        )
-        return as_arrays((_y1, _dense_info, _solver_state))
-
-    def reverse(_terms, _step, _y1, _args, _solver_state):
-        _solver_state = solver.restore_state(
-            _terms,
-            _step.t1,
-            _y1,
-            _args,
-            _solver_state,
-            _step.solver_state,
-            _step.next_made_jump,
-        )
-        _y0, _dense_info, _solver_state = solver.backward_step(
-            _terms, _step.t0, _step.t1, _y1, _args, _solver_state, _step.made_jump
-        )
-        return as_arrays((_y0, _dense_info, _solver_state))
-
-    def interpolate(_dense_info, _step, _t):
-        _interpolation = solver.interpolation_cls(
-            t0=_step.t0, t1=_step.t1, **_dense_info
-        )
-        return _interpolation.evaluate(_t)
-
     step = eqx.filter_eval_shape(empty_record.read, 0, 1)
     convert: Any = eqx.filter_closure_convert
-    closed_local = convert(local, terms, step, y, args, solver_state)
-    closed_reverse = convert(reverse, terms, step, y, args, solver_state)
+    step_args = terms, step, y, args, solver_state
+    closed_local = convert(ft.partial(_step, solver), *step_args)
+    closed_reverse = convert(ft.partial(_step_back, solver), *step_args)
     closed_forward = convert(forward, y, solver_state, args, terms)
-    _, dense_info, _ = eqx.filter_eval_shape(
-        closed_local, terms, step, y, args, solver_state
+    _, dense_info, _ = eqx.filter_eval_shape(closed_local, *step_args)
+    closed_interpolate = convert(
+        ft.partial(_interpolate, solver), dense_info, step, step.t0
     )
-    closed_interpolate = convert(interpolate, dense_info, step, step.t0)
     # `local` is what passes on the gradient with respect to anything that it closes
     # over. Anything else does not have one.
     has_gradient = {id(x) for x in closed_local.consts}

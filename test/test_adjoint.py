@@ -222,8 +222,10 @@ class _OwnController(diffrax.AbstractStepSizeController):
     def init(self, terms, t0, t1, y0, dt0, args, func, error_order):
         return t0 + dt0, None
 
-    def adapt_step_size(self, t0, t1, y0, y1, args, *rest):
-        step = 0.1 + 0.05 * jnp.tanh(jnp.sum(y1))
+    def adapt_step_size(
+        self, t0, t1, y0, y1_candidate, args, y_error, error_order, controller_state
+    ):
+        step = 0.1 + 0.05 * jnp.tanh(jnp.sum(y1_candidate))
         if self.stop:
             step = jax.lax.stop_gradient(step)
         return True, t1, t1 + step, False, None, diffrax.RESULTS.successful
