@@ -2,13 +2,15 @@
 
     python -m test.agreement [--solver NAME] [--case NAME]
 
-prints the relative error of the gradient, for every solver and case (about 10 minutes
+prints the relative error of the gradient, for every solver and case (about 40 minutes
 on 2 cores for all of them; fewer if a part of a name is given). `test_agreement.py`
 checks the same cases. Everything is in float64 unless a case says otherwise.
 """
 
 import argparse
+import concurrent.futures
 import dataclasses
+import multiprocessing
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -658,20 +660,28 @@ def pairs(solver: str = "", case: str = "") -> Iterator[tuple[str, str]]:
                 yield case_name, solver_name
 
 
+def _compare_by_name(pair: tuple[str, str]) -> tuple[float, float]:
+    case, solver = pair
+    # See `conftest.py`.
+    jax.clear_caches()
+    return compare(CASES[case], SOLVERS[solver])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--solver", default="", help="a part of a solver's name")
     parser.add_argument("--case", default="", help="a part of a case's name")
     arguments = parser.parse_args()
+    rows = list(pairs(arguments.solver, arguments.case))
     worst = 0.0
-    print(f"{'case':44s} {'solver':28s} {'value':>8s} {'gradient':>8s}")
-    for case_name, solver_name in pairs(arguments.solver, arguments.case):
-        case = CASES[case_name]
-        value, grad = compare(case, SOLVERS[solver_name])
-        worst = max(worst, grad / case.tolerance)
-        print(f"{case_name:44s} {solver_name:28s} {value:8.1e} {grad:8.1e}", flush=True)
-        # See `conftest.py`.
-        jax.clear_caches()
+    print(f"{'case':44s} {'solver':28s} {'value':>8s} {'gradient':>8s}", flush=True)
+    # Most of the time goes into tracing, which a process does one at a time.
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(mp_context=spawn) as executor:
+        results = executor.map(_compare_by_name, rows)
+        for (case, solver), (value, grad) in zip(rows, results):
+            worst = max(worst, grad / CASES[case].tolerance)
+            print(f"{case:44s} {solver:28s} {value:8.1e} {grad:8.1e}", flush=True)
     print(f"The largest error is {worst:.1e} times what is tolerated.")
 
 
