@@ -17,5 +17,6 @@ except ModuleNotFoundError as e:
 from ._adjoint import ReversibleAdjoint as ReversibleAdjoint
 from ._solver import (
     AbstractReversibleSolver as AbstractReversibleSolver,
+    FixedPointReversible as FixedPointReversible,
     UReversible as UReversible,
 )

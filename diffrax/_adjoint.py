@@ -5,25 +5,25 @@ import equinox as eqx
 import equinox.internal as eqxi
 from jaxtyping import PyTree
 
+from ._closed_solve import as_arrays, close_solve, set_y_and_solver_state
 from ._event import Event
 from ._heuristics import is_unsafe_sde
-from ._reverse_mode_only import reverse_mode_only
-from ._reversible_loop import (
-    as_arrays,
-    close_solve,
-    reversible_loop,
-    set_y_and_solver_state,
+from ._reversal import (
+    AbstractReversal,
+    AlgebraicReversal,
+    NoReversal,
+    NumericalReversal,
 )
+from ._reverse_mode_only import reverse_mode_only
+from ._reversible_loop import reversible_loop
 from ._saveat import save_y, SaveAt, SubSaveAt
 from ._solver import (
-    AbstractERK,
     AbstractReversibleSolver,
     AbstractSolver,
-    AbstractWrappedSolver,
-    Euler,
     HalfSolver,
 )
-from ._solver.reversible_half_solver import ReversibleHalfSolver
+from ._solver.fixed_point_reversible import FixedPointReversible, is_plain_erk
+from ._solver.reversible_half_solver import records_state, ReversibleHalfSolver
 from ._step_size_controller import (
     AbstractStepSizeController,
     ClipStepSizeController,
@@ -123,6 +123,17 @@ class ReversibleAdjoint(AbstractAdjoint):
         ```
     """
 
+    checkpoints: int = 16
+
+    def __check_init__(self):
+        name = type(self).__name__
+        is_int = isinstance(self.checkpoints, int)
+        if not is_int or isinstance(self.checkpoints, bool) or self.checkpoints < 0:
+            raise ValueError(
+                f"`checkpoints` in `{name}(checkpoints=...)` must be a non-negative "
+                f"integer, but got {self.checkpoints}."
+            )
+
     def loop(
         self,
         *,
@@ -145,7 +156,14 @@ class ReversibleAdjoint(AbstractAdjoint):
         del passed_solver_state, passed_controller_state
         name = type(self).__name__
         _check_supported(terms, saveat, event, name)
-        solver = _as_reversible(solver, name)
+        reversal = _choose_reversal(solver, init_state.solver_state)
+        if self.checkpoints == 0 and not reversal.can_step_back:
+            solver_name = type(solver).__name__
+            raise ValueError(
+                f"Cannot use `adjoint={name}(checkpoints=0)` with `solver={solver_name}"
+                "(...)`, the steps of which cannot be undone. Consider using "
+                f"`adjoint={name}()`, which stores states."
+            )
         y, solver_state, args, terms = reverse_mode_only(
             (init_state.y, as_arrays(init_state.solver_state), args, terms),
             f"Cannot use forward-mode autodifferentiation with `adjoint={name}()`. "
@@ -160,7 +178,6 @@ class ReversibleAdjoint(AbstractAdjoint):
         t1 = nondifferentiable(t1, "t1")
         saveat = nondifferentiable(saveat, "SaveAt(ts=...)")
         kwargs: dict[str, Any] = dict(
-            solver=solver,
             stepsize_controller=nondifferentiable(
                 stepsize_controller, "stepsize_controller"
             ),
@@ -174,7 +191,9 @@ class ReversibleAdjoint(AbstractAdjoint):
             progress_meter=progress_meter,
         )
         if max_steps is None:
-            return self._unbounded_loop(y, solver_state, args, terms, **kwargs)
+            return self._unbounded_loop(
+                y, solver_state, args, terms, solver=solver, **kwargs
+            )
         local, closed = close_solve(
             self._loop,
             y,
@@ -182,6 +201,8 @@ class ReversibleAdjoint(AbstractAdjoint):
             args,
             terms,
             name=name,
+            reversal=reversal,
+            checkpoints=self.checkpoints,
             throw=throw,
             **kwargs,
         )
@@ -227,27 +248,21 @@ forward-mode autodifferentiation.
 """
 
 
-def _as_reversible(solver: AbstractSolver, name: str) -> AbstractReversibleSolver:
+def _choose_reversal(solver: AbstractSolver, solver_state: PyTree) -> AbstractReversal:
+    if type(solver) is FixedPointReversible:
+        return NumericalReversal(solver.solver)
     # `isinstance` looks through wrappers. Being able to undo the step of the solver
     # inside does not mean being able to undo that of the wrapper.
     if issubclass(type(solver), AbstractReversibleSolver):
-        return cast(AbstractReversibleSolver, solver)
+        return AlgebraicReversal(cast(AbstractReversibleSolver, solver))
     if type(solver) is HalfSolver and issubclass(
         type(solver.solver), AbstractReversibleSolver
     ):
-        return ReversibleHalfSolver(solver.solver)
-    solver_name = type(solver).__name__
-    if isinstance(solver, (AbstractERK, Euler)) and not isinstance(
-        solver, AbstractWrappedSolver
-    ):
-        remedy = f"`solver=UReversible({solver_name}())`"
-    else:
-        remedy = "`solver=UReversible(Tsit5())` or another reversible solver"
-    raise ValueError(
-        f"Cannot use `adjoint={name}()` with `solver={solver_name}(...)`, the steps of "
-        f"which cannot be undone. Consider using {remedy}, or `adjoint="
-        "RecursiveCheckpointAdjoint()`."
-    )
+        if not records_state(solver.solver):
+            return AlgebraicReversal(ReversibleHalfSolver(solver.solver))
+    elif is_plain_erk(solver) or solver_state is None:
+        return NumericalReversal(solver)
+    return NoReversal(solver)
 
 
 def _check_supported(

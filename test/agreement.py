@@ -2,8 +2,8 @@
 
     python -m test.agreement [--solver NAME] [--case NAME]
 
-prints the relative error of the gradient, for every solver and case (about 40 minutes
-on 2 cores for all of them; fewer if a part of a name is given). `test_agreement.py`
+prints the relative error of the gradient, for every solver and case (about an hour on
+2 cores for all of them; less if a part of a name is given). `test_agreement.py`
 checks the same cases. Everything is in float64 unless a case says otherwise.
 """
 
@@ -52,7 +52,20 @@ SOLVERS: dict[str, diffrax.AbstractSolver] = {
             diffrax.Dopri8(),
         )
     },
+    **{
+        type(solver).__name__: solver
+        for solver in (
+            diffrax.Heun(),
+            diffrax.Bosh3(),
+            diffrax.Tsit5(),
+            diffrax.Dopri5(),
+            diffrax.Dopri8(),
+        )
+    },
+    "HalfSolver(Bosh3)": diffrax.HalfSolver(diffrax.Bosh3()),
 }
+# Going back has to find its way over several steps at a time.
+reversible = diffrax.ReversibleAdjoint(checkpoints=1)
 
 
 #
@@ -240,7 +253,7 @@ def _step_to_backwards(solve):
 @_case("adaptive, rejected steps", is_adaptive=True)
 def _adaptive(solve):
     sol = solve(
-        dt0=0.9, stepsize_controller=adaptive, saveat=everything, max_steps=16384
+        dt0=t1 - t0, stepsize_controller=adaptive, saveat=everything, max_steps=16384
     )
     num_rejected = eqx.error_if(
         sol.stats["num_rejected_steps"],
@@ -640,7 +653,7 @@ def value_and_grad(
 def compare(case: Case, solver: diffrax.AbstractSolver) -> tuple[float, float]:
     """The relative errors of the value, and of the gradient: of the latter in that leaf
     of the parameters for which it is largest."""
-    value, grad = value_and_grad(case, solver, diffrax.ReversibleAdjoint())
+    value, grad = value_and_grad(case, solver, reversible)
     true_value, true_grad = value_and_grad(case, solver, case.reference)
 
     def _error(x, true_x):

@@ -16,7 +16,11 @@ from .agreement import CASES, compare, pairs, SOLVERS
 # What is compiled here takes most of the time of the whole suite. So the quick part of
 # it is every solver with one case, and every case with one of those solvers that are
 # quick to compile, which take turns.
-_of_many_stages = {f"UReversible({name})" for name in ("Tsit5", "Dopri5", "Dopri8")}
+_of_many_stages = {
+    name
+    for name in SOLVERS
+    if any(method in name for method in ("Tsit5", "Dopri5", "Dopri8"))
+}
 
 
 def _quick_pairs():

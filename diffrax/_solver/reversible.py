@@ -439,11 +439,13 @@ def _stages(
     y0: Y,
     args: Args,
     control: Any,
+    k0: Y | None = None,
 ) -> list[Y]:
     """The stages `k_i` of one step, without the last one if that is the first stage of
-    the step that comes next."""
+    the step that comes next. If `k0`, the first one, is known then it is not evaluated.
+    """
     num_stages = tableau.num_stages - 1 if tableau.fsal else tableau.num_stages
-    k = [terms.vf_prod(t0, y0, args, control)]
+    k = [terms.vf_prod(t0, y0, args, control) if k0 is None else k0]
     for a_i, c_i in zip(tableau.a_lower[: num_stages - 1], tableau.c):
         # No floating point error
         t_i = t1 if c_i == 1 else t0 + float(c_i) * (t1 - t0)

@@ -7,6 +7,11 @@ from .._term import AbstractTerm
 from .base import AbstractReversibleSolver, HalfSolver
 
 
+def records_state(solver: Any) -> bool:
+    """Whether a reversible solver needs to record anything at every step."""
+    return type(solver).record_state is not AbstractReversibleSolver.record_state
+
+
 class ReversibleHalfSolver(HalfSolver, AbstractReversibleSolver):
     """[`diffrax.HalfSolver`][] around a reversible solver: undoes the two half-steps,
     one after the other, and makes the full step once more for the sake of its
@@ -17,10 +22,8 @@ class ReversibleHalfSolver(HalfSolver, AbstractReversibleSolver):
     """
 
     def __check_init__(self):
-        solver: Any = self.solver
-        record_state = type(solver).record_state
-        if record_state is not AbstractReversibleSolver.record_state:
-            name = type(solver).__name__
+        if records_state(self.solver):
+            name = type(self.solver).__name__
             raise ValueError(
                 f"Cannot use `HalfSolver({name}())` with a reversible adjoint, as "
                 f"`{name}` records part of its state at every step. Consider using "

@@ -1,0 +1,278 @@
+"""A differential equation solve in terms of functions that close over nothing.
+
+The functions inside `args` and `terms` may close over values that are being
+differentiated. A custom derivative rule cannot do so. So every function that is called
+by the one of `ReversibleAdjoint` is first turned into one that holds such values as
+part of its PyTree structure.
+"""
+
+import functools as ft
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import equinox.internal as eqxi
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import PyTree
+
+from ._custom_types import Args, RealScalarLike, Y
+from ._reversal import AbstractReversal
+from ._saveat import SaveAt
+from ._step_record import may_jump, StepRecord
+from ._step_size_controller import ConstantStepSize, StepTo
+from ._stored_states import StoredStates
+from ._term import AbstractTerm
+from ._upstream_adjoint import _inner_loop
+
+
+def as_arrays(tree: PyTree) -> PyTree:
+    """Makes arrays, of a dtype that is not weak, of everything like an array."""
+
+    def _as_array(x):
+        if eqx.is_array_like(x):
+            x = jnp.asarray(x)
+            return lax.convert_element_type(x, x.dtype)
+        return x
+
+    return jtu.tree_map(_as_array, tree)
+
+
+class ClosedSolve(eqx.Module):
+    """A solve, and the parts of it that are needed for going back over it.
+
+    - `forward`: makes the whole solve; a function of `(y, solver_state, args, terms)`
+        that returns `(final_state, aux_stats, record, stored)`.
+    - `replay`: makes one step; a function of `(terms, step, y0, args, solver_state)`
+        that returns `(y1, solver_state)`.
+    - `step_back`: undoes one step; a function of `(terms, step, y1, args, hint)` that
+        returns `(y0, solver_state)`. `None` if there is no such thing.
+    - `vf`: a function of `(terms, t, y, args)`, which is the `hint` for a step that
+        ends at `(t, y)` if that is not the solver state.
+    - `interpolate`: the solution inside of one step; a function of `(dense_info, step,
+        t)`.
+    - `reversal`: how steps are undone. (Not the instance, the methods of which are the
+        above.)
+    - `checkpoints`: how many states to store, and as many again on the way back.
+    - `saveat`, `t0`, `t1`, `throw`: as passed to `diffeqsolve`.
+    - `name`: what to call the adjoint in error messages.
+    """
+
+    forward: Callable
+    replay: Callable
+    step_back: Callable | None
+    vf: Callable
+    interpolate: Callable
+    reversal: type[AbstractReversal] = eqx.field(static=True)
+    checkpoints: int = eqx.field(static=True)
+    saveat: SaveAt
+    t0: RealScalarLike
+    t1: RealScalarLike
+    throw: bool
+    name: str
+
+
+def set_y_and_solver_state(state: Any, y: Y, solver_state: PyTree) -> Any:
+    return eqx.tree_at(
+        lambda s: (s.y, s.solver_state),
+        state,
+        (y, solver_state),
+        is_leaf=lambda x: x is None,
+    )
+
+
+def _replay(reversal, terms, step, y0, args, solver_state):
+    y1, _, solver_state = reversal.replay(terms, step, y0, args, solver_state)
+    return as_arrays((y1, solver_state))
+
+
+def _step(reversal, terms, step, y0, args, solver_state, has_output):
+    return as_arrays(reversal.step(terms, step, y0, args, solver_state, has_output))
+
+
+def _step_back(reversal, terms, step, y1, args, hint):
+    return as_arrays(reversal.step_back(terms, step, y1, args, hint))
+
+
+def _vf(reversal, terms, t, y, args):
+    return as_arrays(reversal.vf(terms, t, y, args))
+
+
+def _interpolate(solver, dense_info, step, t):
+    interpolation = solver.interpolation_cls(t0=step.t0, t1=step.t1, **dense_info)
+    return interpolation.evaluate(t)
+
+
+def close_solve(
+    loop: Callable,
+    y: Y,
+    solver_state: PyTree,
+    args: Args,
+    terms: PyTree[AbstractTerm],
+    *,
+    name: str,
+    reversal: AbstractReversal,
+    checkpoints: int,
+    init_state: Any,
+    max_steps: int,
+    stepsize_controller: Any,
+    saveat: SaveAt,
+    t0: RealScalarLike,
+    t1: RealScalarLike,
+    throw: bool,
+    **kwargs: Any,
+) -> tuple[Callable, ClosedSolve]:
+    """Prepares a solve for `reversible_loop`.
+
+    The arguments are those of [`diffrax.AbstractAdjoint.loop`][]. In addition, `loop`
+    is the integration loop, `reversal` is how to undo the steps of its solver,
+    `checkpoints` is how many states to store, and `name` is what to call its adjoint in
+    error messages.
+
+    Returns a function `local` and the solve. The former makes one step; it is a
+    function of `(terms, step, y0, args, solver_state, has_output)` that returns `(y1,
+    dense_info, solver_state, hint)`. This is what is differentiated.
+    """
+    jumps = init_state.made_jump is not False or may_jump(stepsize_controller)
+    recorded = reversal.record_state(solver_state)
+    empty_record = StepRecord.allocate(init_state.tprev, max_steps, jumps, recorded)
+
+    def forward(_y, _solver_state, _args, _terms):
+        _init_state = set_y_and_solver_state(init_state, _y, _solver_state)
+        # Upstream's loop takes a `True` that is known when tracing to hold for every
+        # step, if the controller keeps all steps.
+        keeps_all = type(stepsize_controller) in (ConstantStepSize, StepTo)
+        always_jumps = init_state.made_jump is True and keeps_all
+        if init_state.made_jump is True and not keeps_all:
+            _init_state = eqx.tree_at(
+                lambda s: s.made_jump, _init_state, jnp.asarray(True)
+            )
+        _loop = ft.partial(
+            loop,
+            args=_args,
+            terms=_terms,
+            solver=reversal.solver,
+            init_state=_init_state,
+            max_steps=max_steps,
+            stepsize_controller=stepsize_controller,
+            saveat=saveat,
+            t0=t0,
+            t1=t1,
+            **kwargs,
+        )
+        kept = _y, _solver_state if reversal.has_state else None
+        stored = StoredStates.allocate(checkpoints, kept)
+        return _loop_and_record(_loop, reversal, empty_record, stored, always_jumps)
+
+    step = eqx.filter_eval_shape(empty_record.read, 0, 1)
+    convert: Any = eqx.filter_closure_convert
+    step_args = terms, step, y, args, solver_state
+    has_output = jnp.array(True)
+    local = convert(ft.partial(_step, reversal), *step_args, has_output)
+    _, dense_info, _, hint = eqx.filter_eval_shape(local, *step_args, has_output)
+    # `local` is what passes on the gradient with respect to anything that it closes
+    # over. Anything else does not have one.
+    has_gradient = {id(x) for x in local.consts}
+    without_gradient = ft.partial(_without_gradient, has_gradient, name)
+    step_back = None
+    if reversal.can_step_back:
+        step_back = without_gradient(
+            convert(ft.partial(_step_back, reversal), terms, step, y, args, hint)
+        )
+    return local, ClosedSolve(
+        forward=without_gradient(convert(forward, y, solver_state, args, terms)),
+        replay=without_gradient(convert(ft.partial(_replay, reversal), *step_args)),
+        step_back=step_back,
+        vf=without_gradient(
+            convert(ft.partial(_vf, reversal), terms, step.t1, y, args)
+        ),
+        interpolate=_without_gradient(
+            set(),
+            name,
+            convert(
+                ft.partial(_interpolate, reversal.solver), dense_info, step, step.t0
+            ),
+        ),
+        reversal=type(reversal),
+        checkpoints=checkpoints,
+        saveat=saveat,
+        t0=t0,
+        t1=t1,
+        throw=throw,
+        name=name,
+    )
+
+
+def _without_gradient(has_gradient: set[int], name: str, closed: Any) -> Any:
+    msg = (
+        f"Cannot differentiate, when using `adjoint={name}()`, with respect to a value "
+        "that only the step size controller, its state, the times of the solve, or the "
+        "solver's interpolation depend on. Consider using "
+        "`adjoint=RecursiveCheckpointAdjoint()`, or wrapping the value in "
+        "`jax.lax.stop_gradient`."
+    )
+    consts = [
+        lax.stop_gradient(x)
+        if id(x) in has_gradient
+        else eqxi.nondifferentiable(x, msg=msg)
+        for x in closed.consts
+    ]
+    return eqx.tree_at(lambda c: c.consts, closed, consts)
+
+
+def _loop_and_record(
+    loop: Callable,
+    reversal: AbstractReversal,
+    record: StepRecord,
+    stored: StoredStates,
+    always_jumps: bool,
+) -> tuple[Any, Any, StepRecord, StoredStates]:
+    """Runs `loop`, recording every accepted step and storing some states."""
+    final = None
+
+    def outer_while_loop(cond_fun, body_fun, init_val, *, max_steps, buffers):
+        def _cond_fun(val):
+            state, *_ = val
+            return cond_fun(state)
+
+        def _body_fun(val):
+            state, _record, _stored = val
+            new_state = body_fun(state)
+            accepted = new_state.num_accepted_steps > state.num_accepted_steps
+            _record = _record.write(
+                state.num_accepted_steps,
+                state.tprev,
+                state.tnext,
+                True if always_jumps else state.made_jump,
+                reversal.record_state(state.solver_state),
+                pred=accepted,
+            )
+            _stored = _stored.thin_and_write(
+                new_state.num_accepted_steps,
+                (new_state.y, new_state.solver_state if reversal.has_state else None),
+                pred=accepted,
+            )
+            return new_state, _record, _stored
+
+        def _buffers(val):
+            state, _record, _stored = val
+            return buffers(state), _record.buffers, _stored.buffers
+
+        nonlocal final
+        final_val, *final = eqxi.while_loop(
+            _cond_fun,
+            _body_fun,
+            (init_val, record, stored),
+            max_steps=max_steps,
+            buffers=_buffers,
+            kind="lax",
+        )
+        return final_val
+
+    final_state, aux_stats = loop(
+        inner_while_loop=ft.partial(_inner_loop, kind="lax"),
+        outer_while_loop=outer_while_loop,
+    )
+    assert final is not None
+    return final_state, aux_stats, *final

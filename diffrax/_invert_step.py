@@ -1,0 +1,224 @@
+"""Finding where a step of a solver started from where it ended."""
+
+import functools as ft
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import equinox.internal as eqxi
+import jax
+import jax.extend as jex
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from equinox.internal import ω
+from jaxtyping import Array, Bool, Int, PyTree, Real
+
+from ._custom_types import BoolScalarLike, Y
+
+
+# Iterating further does not bring a step that is this near any nearer: the rounding
+# errors of the step itself are a few units, up to 20 for steps that are large.
+_tolerance = 16.0
+
+
+def max_abs(y: PyTree) -> PyTree[Array]:
+    """The largest absolute value of each leaf."""
+    return jtu.tree_map(lambda x: jnp.max(jnp.abs(x), initial=0), y)
+
+
+def relative_distance(
+    y: PyTree, other: PyTree, size: PyTree, unit: float | None = None
+) -> Real[Array, ""]:
+    """The largest difference between two PyTrees, each leaf for itself, in units of
+    `unit` times `size`, which is how large the leaf is. The default for `unit` is the
+    machine epsilon. NaN if anything is."""
+
+    def _distance(x, x2, max_x):
+        max_x = jnp.where(max_x == 0, 1, max_x)
+        eps = float(jnp.finfo(x.dtype).eps) if unit is None else unit
+        distance = jnp.max(jnp.abs(x - x2), initial=0) / (eps * max_x)
+        return distance.astype(jnp.result_type(float))
+
+    distances = jtu.tree_leaves(jtu.tree_map(_distance, y, other, size))
+    return ft.reduce(jnp.maximum, distances, jnp.zeros((), jnp.result_type(float)))
+
+
+class _Traced:
+    """A function, traced once, whose outputs of which some are among its inputs (as the
+    parameters of the vector field are among what its derivative needs) can do without
+    these, so as not to copy them at every iteration of a loop."""
+
+    def __init__(self, fn: Callable[[Y], PyTree[Array]], y: Y):
+        def flat(*leaves):
+            out = fn(jtu.tree_unflatten(in_tree, leaves))
+            leaves_out, self._out_tree = jtu.tree_flatten(out)
+            return leaves_out
+
+        leaves, in_tree = jtu.tree_flatten(y)
+        closed = jax.make_jaxpr(flat)(*leaves)
+        jaxpr = closed.jaxpr
+        known = dict(zip(jaxpr.constvars, closed.consts))
+        self._jaxpr = closed
+        self._known = [
+            x.val if isinstance(x, jex.core.Literal) else known.get(x)
+            for x in jaxpr.outvars
+        ]
+        self.struct = [
+            jax.ShapeDtypeStruct(x.shape, x.dtype)
+            for x, value in zip(closed.out_avals, self._known)
+            if value is None
+        ]
+
+    def __call__(self, y: Y) -> list[Array]:
+        """The outputs that are not known without evaluating anything."""
+        out = jex.core.jaxpr_as_fun(self._jaxpr)(*jtu.tree_leaves(y))
+        return [x for x, value in zip(out, self._known) if value is None]
+
+    def complete(self, outputs: list[Array]) -> PyTree[Array]:
+        """All outputs, in the structure that the function returned them."""
+        remaining = iter(outputs)
+        leaves = [next(remaining) if x is None else x for x in self._known]
+        return jtu.tree_unflatten(self._out_tree, leaves)
+
+
+class _Iteration(eqx.Module):
+    index: Int[Array, ""]
+    # Where the step starts; where it then ends; and what else comes of making it.
+    y0: Y
+    outputs: list[Array]
+    # What `step_back` makes of where the step is to end.
+    target: Y
+    # How far the step misses, the least that it has missed by, and from where.
+    error: Real[Array, ""]
+    best_error: Real[Array, ""]
+    best_y0: Y
+    # How many rounds did not halve the best error.
+    stalled: Int[Array, ""]
+    at_best: Bool[Array, ""]
+    done: Bool[Array, ""]
+
+
+class InvertedStep(eqx.Module):
+    """What `invert_step` found.
+
+    - `y0`: where the step starts.
+    - `aux`: what else `step` returned there.
+    - `error`: by how much it misses `y1`, in units of rounding.
+    - `num_corrections`: how often the first guess was corrected.
+    """
+
+    y0: Y
+    aux: Any
+    error: Real[Array, ""]
+    num_corrections: Int[Array, ""]
+
+
+def invert_step(
+    step: Callable[[Y], tuple[Y, PyTree[Array]]],
+    step_back: Callable[[Y, BoolScalarLike], Y],
+    y1: Y,
+    known: BoolScalarLike = False,
+    known_y0: Y | None = None,
+    max_corrections: int = 16,
+) -> InvertedStep:
+    """Solves `step(y0) == y1` for `y0`.
+
+    Starts from `step_back(y1)`, an approximate inverse, and corrects it by
+
+        y0 <- y0 + step_back(y1) - step_back(step(y0))
+
+    until `step(y0)` is within 16 units of rounding of `y1`, for each leaf; or until two
+    rounds have not halved the distance, when the best of all is returned.
+
+    **Arguments:**
+
+    - `step`: a function of `y0` that returns `(y1, aux)`.
+    - `step_back`: a function of `(y, is_y1)`. The second is `False` if `y` is not `y1`
+        for any member of the batch.
+    - `y1`: where the step is to end. All of its leaves are floating-point arrays.
+    - `known`: if `True` then `y0` is `known_y0`, and no more is done than to evaluate
+        `step` there.
+    - `max_corrections`: how often to correct the first guess.
+    """
+    traced = _Traced(step, y1)
+    size1 = max_abs(y1)
+
+    def distance(y0, outputs):
+        end, _ = traced.complete(outputs)
+        size = jtu.tree_map(jnp.maximum, size1, max_abs(y0))
+        return relative_distance(end, y1, size)
+
+    def next_y0(val: _Iteration) -> tuple[Y, Y]:
+        end, _ = traced.complete(val.outputs)
+        is_first = val.index == 0
+        end = jtu.tree_map(lambda a, b: jnp.where(is_first, a, b), y1, end)
+        back = lax.cond(
+            eqxi.unvmap_any(~(val.at_best | (is_first & known))),
+            lambda: step_back(end, is_first),
+            lambda: end,
+        )
+        corrected = (val.y0**ω + val.target**ω - back**ω).ω
+        # A guess of NaN would be the end of it.
+        finite = [jnp.all(jnp.isfinite(x)) for x in jtu.tree_leaves(back)]
+        is_finite = ft.reduce(jnp.logical_and, finite, jnp.array(True))
+
+        def choose(start, guess, correction, best, y1):
+            guess = jnp.where(is_finite, guess, y1)
+            first = jnp.where(known, start, guess)
+            return jnp.where(is_first, first, jnp.where(val.at_best, best, correction))
+
+        start = y1 if known_y0 is None else known_y0
+        y0 = jtu.tree_map(choose, start, back, corrected, val.best_y0, y1)
+        target = jtu.tree_map(lambda a, b: jnp.where(is_first, a, b), back, val.target)
+        return y0, target
+
+    def body_fun(val: _Iteration) -> _Iteration:
+        y0, target = next_y0(val)
+        outputs = traced(y0)
+        error = distance(y0, outputs)
+        halved = error <= 0.5 * val.best_error
+        stalled = jnp.where(halved, 0, val.stalled + 1)
+        is_best = error < val.best_error
+        best_error = jnp.where(is_best, error, val.best_error)
+        best_y0 = jtu.tree_map(lambda a, b: jnp.where(is_best, a, b), y0, val.best_y0)
+        given_up = (stalled >= 2) | (val.index >= max_corrections)
+        done = (
+            known
+            | (error <= _tolerance)
+            | val.at_best
+            | (given_up & (error <= 2 * best_error))
+        )
+        return _Iteration(
+            index=val.index + 1,
+            y0=y0,
+            outputs=outputs,
+            target=target,
+            error=error,
+            best_error=best_error,
+            best_y0=best_y0,
+            stalled=stalled,
+            at_best=given_up,
+            done=done,
+        )
+
+    infinity = jnp.array(jnp.inf, jnp.result_type(float))
+    val = eqxi.while_loop(
+        lambda val: ~val.done,
+        body_fun,
+        _Iteration(
+            index=jnp.array(0),
+            y0=y1,
+            outputs=[jnp.zeros(x.shape, x.dtype) for x in traced.struct],
+            target=y1,
+            error=infinity,
+            best_error=infinity,
+            best_y0=y1,
+            stalled=jnp.array(0),
+            at_best=jnp.array(False),
+            done=jnp.array(False),
+        ),
+        kind="lax",
+    )
+    _, aux = traced.complete(val.outputs)
+    return InvertedStep(val.y0, aux, val.error, val.index - 1)

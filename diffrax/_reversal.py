@@ -1,0 +1,163 @@
+"""The ways in which a step of a solver can be undone while its solve is being
+differentiated."""
+
+import abc
+from typing import ClassVar
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import PyTree
+
+from ._custom_types import Args, BoolScalarLike, DenseInfo, RealScalarLike, VF, Y
+from ._solver import AbstractReversibleSolver, AbstractSolver
+from ._solver.fixed_point_reversible import UnrolledSolver
+from ._step_record import Step
+from ._term import AbstractTerm
+
+
+class AbstractReversal(eqx.Module):
+    """How to make one step such that it can be differentiated, and how to undo it.
+
+    Undoing a step may need more than `y1`. That is called a hint here. It is the solver
+    state, if `has_state`, or else `vf`.
+    """
+
+    solver: eqx.AbstractVar[AbstractSolver]
+    # Whether cotangents are carried from step to step on the solver state. (If not then
+    # the solver state is a function of `y`, and `step` starts by evaluating it.)
+    has_state: eqx.AbstractClassVar[bool]
+    # Whether undoing a step takes iteration: then `step_back` is no more than a guess.
+    iterates: eqx.AbstractClassVar[bool]
+    # Whether there is a `step_back`. If not then every step is made from a known state.
+    can_step_back: eqx.AbstractClassVar[bool]
+
+    def record_state(self, solver_state: PyTree) -> PyTree:
+        """What to record of the solver state at the start of every step."""
+        del solver_state
+        return None
+
+    def replay(
+        self,
+        terms: PyTree[AbstractTerm],
+        step: Step,
+        y0: Y,
+        args: Args,
+        solver_state: PyTree,
+    ) -> tuple[Y, DenseInfo, PyTree]:
+        """The step of the solver itself. Returns `(y1, dense_info, solver_state)`."""
+        y1, _, dense_info, solver_state, _ = self.solver.step(
+            terms, step.t0, step.t1, y0, args, solver_state, step.made_jump
+        )
+        return y1, dense_info, solver_state
+
+    def vf(
+        self, terms: PyTree[AbstractTerm], t: RealScalarLike, y: Y, args: Args
+    ) -> VF | None:
+        """If not `has_state`: the hint for a step that ends at `(t, y)`."""
+        del terms, t, y, args
+        return None
+
+    @abc.abstractmethod
+    def step(
+        self,
+        terms: PyTree[AbstractTerm],
+        step: Step,
+        y0: Y,
+        args: Args,
+        solver_state: PyTree,
+        has_output: BoolScalarLike,
+    ) -> tuple[Y, DenseInfo, PyTree, PyTree]:
+        """Makes a step. Returns `(y1, dense_info, solver_state, hint)`, the last of
+        which is that for undoing the step before this one. If `has_output=False` then
+        `dense_info` need not be right."""
+
+    def step_back(
+        self, terms: PyTree[AbstractTerm], step: Step, y1: Y, args: Args, hint: PyTree
+    ) -> tuple[Y, PyTree]:
+        """Undoes a step. Returns `(y0, solver_state)`."""
+        raise NotImplementedError
+
+    @staticmethod
+    def forget_state(solver_state: PyTree) -> PyTree:
+        """If not `has_state`: the solver state to use at every step but the first."""
+        return solver_state
+
+
+class AlgebraicReversal(AbstractReversal):
+    """Steps that have an inverse in closed form."""
+
+    solver: AbstractReversibleSolver
+    has_state: ClassVar[bool] = True
+    iterates: ClassVar[bool] = False
+    can_step_back: ClassVar[bool] = True
+
+    def record_state(self, solver_state):
+        return self.solver.record_state(solver_state)
+
+    def step(self, terms, step, y0, args, solver_state, has_output):
+        del has_output
+        y1, dense_info, state1 = self.replay(terms, step, y0, args, solver_state)
+        return y1, dense_info, state1, solver_state
+
+    def step_back(self, terms, step, y1, args, hint):
+        solver_state = self.solver.restore_state(
+            terms, step.t1, y1, args, hint, step.solver_state, step.next_made_jump
+        )
+        y0, _, solver_state = self.solver.backward_step(
+            terms, step.t0, step.t1, y1, args, solver_state, step.made_jump
+        )
+        return y0, solver_state
+
+
+class NumericalReversal(AbstractReversal):
+    """Steps that have a good approximate inverse."""
+
+    solver: AbstractSolver
+    has_state: ClassVar[bool] = False
+    iterates: ClassVar[bool] = True
+    can_step_back: ClassVar[bool] = True
+
+    def vf(self, terms, t, y, args):
+        return UnrolledSolver(self.solver).vf(terms, t, y, args)
+
+    def step(self, terms, step, y0, args, solver_state, has_output):
+        unrolled = UnrolledSolver(self.solver)
+        y1, dense_info, vf0 = unrolled.step(
+            terms,
+            step.t0,
+            step.t1,
+            y0,
+            args,
+            solver_state,
+            step.made_jump,
+            has_output,
+        )
+        return y1, dense_info, None, vf0
+
+    def step_back(self, terms, step, y1, args, hint):
+        y0 = UnrolledSolver(self.solver).step_back(
+            terms, step.t0, step.t1, y1, args, hint
+        )
+        return y0, None
+
+    @staticmethod
+    def forget_state(solver_state):
+        if solver_state is None:
+            return None
+        _, vf0 = solver_state
+        return jnp.array(True), jtu.tree_map(jnp.zeros_like, vf0)
+
+
+class NoReversal(AbstractReversal):
+    """Steps that cannot be undone. All of them are made again, from stored states."""
+
+    solver: AbstractSolver
+    has_state: ClassVar[bool] = True
+    iterates: ClassVar[bool] = False
+    can_step_back: ClassVar[bool] = False
+
+    def step(self, terms, step, y0, args, solver_state, has_output):
+        del has_output
+        y1, dense_info, state1 = self.replay(terms, step, y0, args, solver_state)
+        return y1, dense_info, state1, solver_state

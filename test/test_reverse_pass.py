@@ -1,0 +1,231 @@
+"""Going back over a solve: what is stored, what is made again, and what it costs."""
+
+import diffrax
+import equinox as eqx
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+import pytest
+from diffrax._stored_states import StoredStates
+
+
+#
+# Stored states
+#
+
+
+@eqx.filter_jit
+def _thin(slots, num_steps):
+    stored = StoredStates.allocate(slots, jnp.array(0.0))
+
+    def body(i, stored):
+        return stored.thin_and_write(i, i.astype(float), pred=True)
+
+    return jax.lax.fori_loop(jnp.array(1), num_steps + 1, body, stored)
+
+
+@hypothesis.given(
+    slots=st.sampled_from((1, 2, 3, 7, 16)), num_steps=st.integers(1, 5000)
+)
+@hypothesis.settings(deadline=None, max_examples=100, derandomize=True)
+def test_thinning(slots, num_steps):
+    stored = _thin(slots, jnp.array(num_steps))
+    indices = np.sort(np.asarray(stored.indices))
+    indices = indices[indices >= 0]
+    assert len(set(indices)) == len(indices) <= slots
+    # Each holds what it says it does.
+    for index in indices:
+        assert float(stored.read(jnp.array(index), jnp.array(-1.0))) == index
+    assert float(stored.read(jnp.array(0), jnp.array(-1.0))) == -1
+    # No gap is longer than two times the mean of those that there could be.
+    gaps = np.diff([0, *indices, num_steps])
+    assert np.max(gaps) <= max(1, 2 * (num_steps + 1) / (slots + 1))
+
+
+#
+# Problems that are hard to go back over
+#
+
+
+def _lorenz(t, y, args):
+    x, y, z = y
+    return jnp.stack([args[0] * (y - x), x * (args[1] - z) - y, x * y - args[2] * z])
+
+
+def _van_der_pol(t, y, args):
+    return jnp.stack([y[1], args[0] * (1 - y[0] ** 2) * y[1] - y[0]])
+
+
+def _decay(t, y, args):
+    return {"fast": -50 * args[0] * y["fast"], "slow": -y["slow"] * y["fast"]}
+
+
+def _heat(t, y, args):
+    y = jnp.concatenate([jnp.zeros(1, y.dtype), y, jnp.zeros(1, y.dtype)])
+    return args * 33.0**2 * (y[2:] - 2 * y[1:-1] + y[:-2])
+
+
+_van_der_pol_y0 = jnp.array([2.0, 0.0])
+_decay_y0 = dict(fast=jnp.ones(2), slow=1e-8 * jnp.ones(2))
+_problems = {
+    "Lorenz": (_lorenz, 10.0, jnp.array([1.0, 1.0, 1.0]), jnp.array([10, 28, 8 / 3])),
+    "Van der Pol": (_van_der_pol, 10.0, _van_der_pol_y0, jnp.array([5.0])),
+    # Leaves of very different scales.
+    "decay": (_decay, 1.0, _decay_y0, jnp.ones(1)),
+    "heat": (_heat, 0.05, jnp.sin(jnp.linspace(0.0, 3.0, 32)), jnp.ones(1)),
+}
+
+
+def _value_and_grad(name, adjoint, solver, controller, dt0=None, batch=False):
+    field, t1, y0, args = _problems[name]
+
+    def loss(params):
+        y0, args = params
+        sol = diffrax.diffeqsolve(
+            diffrax.ODETerm(field),
+            solver,
+            0.0,
+            t1,
+            dt0,
+            y0,
+            args,
+            adjoint=adjoint,
+            stepsize_controller=controller,
+            max_steps=2**14,
+        )
+        leaves = [jnp.sum(y[-1] ** 2) for y in jtu.tree_leaves(sol.ys)]
+        # Each leaf counts, however small it is.
+        return sum(x / jax.lax.stop_gradient(x) for x in leaves)
+
+    params = y0, args
+    if batch:
+        params = jtu.tree_map(lambda x: jnp.stack([x, 0.9 * x]), params)
+        return jax.jit(jax.vmap(jax.value_and_grad(loss)))(params)
+    return jax.jit(jax.value_and_grad(loss))(params)
+
+
+def _errors(out, expected):
+    error = lambda x, y: float(jnp.max(jnp.abs(x - y)) / jnp.max(jnp.abs(y)))
+    return jtu.tree_leaves(jtu.tree_map(error, out, expected))
+
+
+@pytest.mark.parametrize("rtol", (1e-3, 1e-6))
+@pytest.mark.parametrize("batch", (False, True), ids=("", "batch"))
+@pytest.mark.parametrize("name", _problems)
+def test_hard_problems(name, rtol, batch):
+    # Going back over all of it at once is not possible for any of these.
+    controller = diffrax.PIDController(rtol=rtol, atol=rtol * 1e-3)
+    solver = diffrax.Tsit5()
+    out, expected = (
+        _value_and_grad(name, adjoint, solver, controller, batch=batch)
+        for adjoint in (
+            diffrax.ReversibleAdjoint(checkpoints=4),
+            diffrax.RecursiveCheckpointAdjoint(),
+        )
+    )
+    assert max(_errors(out, expected)) <= 1e-9
+
+
+@pytest.mark.parametrize(
+    "solver, controller",
+    (
+        (diffrax.UReversible(diffrax.Heun(), 0.5), diffrax.ConstantStepSize()),
+        # Cannot be undone at all.
+        (diffrax.Kvaerno3(), diffrax.PIDController(rtol=1e-4, atol=1e-6)),
+        (
+            diffrax.HalfSolver(diffrax.Bosh3()),
+            diffrax.PIDController(rtol=1e-4, atol=1e-6),
+        ),
+    ),
+    ids=("UReversible", "Kvaerno3", "HalfSolver"),
+)
+def test_hard_solvers(solver, controller):
+    dt0 = 0.002 if isinstance(controller, diffrax.ConstantStepSize) else None
+    out, expected = (
+        _value_and_grad("Lorenz", adjoint, solver, controller, dt0=dt0)
+        for adjoint in (
+            diffrax.ReversibleAdjoint(checkpoints=4),
+            diffrax.RecursiveCheckpointAdjoint(),
+        )
+    )
+    assert max(_errors(out, expected)) <= 1e-9
+
+
+@pytest.mark.parametrize("checkpoints", (-1, True))
+def test_validation(checkpoints):
+    with pytest.raises(ValueError, match="`checkpoints` in `ReversibleAdjoint"):
+        diffrax.ReversibleAdjoint(checkpoints=checkpoints)
+
+
+#
+# Cost
+#
+
+
+def _count(adjoint, solver, num_steps, t1, scale):
+    """How often the vector field is evaluated by itself, evaluated as part of being
+    linearised, and transposed."""
+    counts = [], [], []
+
+    def count(i):
+        # Several threads do this at a time.
+        counts[i].append(None)
+
+    @jax.custom_vjp
+    def field(y, args):
+        jax.debug.callback(count, 0)
+        return args * jnp.sin(y)
+
+    def fwd(y, args):
+        jax.debug.callback(count, 1)
+        return args * jnp.sin(y), (y, args)
+
+    def bwd(residuals, grad):
+        jax.debug.callback(count, 2)
+        y, args = residuals
+        return grad * args * jnp.cos(y), jnp.sum(grad * jnp.sin(y))
+
+    field.defvjp(fwd, bwd)
+
+    @jax.jit
+    @jax.grad
+    def loss(args):
+        sol = diffrax.diffeqsolve(
+            diffrax.ODETerm(lambda t, y, args: field(y, args)),
+            solver,
+            0.0,
+            t1,
+            t1 / num_steps,
+            jnp.array([1.0, 2.0]),
+            args,
+            adjoint=adjoint,
+            max_steps=num_steps + 1,
+        )
+        return jnp.sum(sol.ys)
+
+    jax.block_until_ready(loss(jnp.array(scale)))
+    jax.effects_barrier()
+    return map(len, counts)
+
+
+@pytest.mark.parametrize(
+    "solver, num_stages",
+    ((diffrax.Tsit5(), 6), (diffrax.Heun(), 2), (diffrax.Dopri8(), 13)),
+    ids=("Tsit5", "Heun", "Dopri8"),
+)
+@pytest.mark.parametrize("checkpoints", (0, 16))
+def test_least_cost(solver, num_stages, checkpoints):
+    # Steps so small that the guess is right up to rounding.
+    n = 100
+    adjoint = diffrax.ReversibleAdjoint(checkpoints=checkpoints)
+    primal, linearised, transposed = _count(adjoint, solver, n, 1e-3, 1.0)
+    # The first stage of a step back is that of the step that started there. The step
+    # that starts from a known state need not be undone. There is one evaluation for the
+    # first step of the solve, if that is how it works, and one at its end.
+    segments = checkpoints + 1
+    expected = num_stages * n + (num_stages - 1) * (n - segments) + 2
+    assert expected - 1 <= primal <= expected
+    assert linearised == transposed == num_stages * n
