@@ -63,21 +63,45 @@ class ReversibleAdjoint(AbstractAdjoint):
 
     This computes the gradient of the numerical solution ("discretise-then-optimise"),
     as [`diffrax.RecursiveCheckpointAdjoint`][] does, and agrees with it up to rounding.
-    It does so in memory that does not grow with the number of steps, as no states are
-    stored. (What does grow is the record of the step times: one number for each of
-    `max_steps` steps; two and a boolean if there may be jumps; and what the solver
-    itself records.) In time, each step costs one step backward and one vector-Jacobian
-    product, in addition to the step forward.
+    It does so in memory that does not grow with the number of steps: that of a few
+    states, and of those that are stored (see `checkpoints`). (What does grow is the
+    record of the step times: one number for each of `max_steps` steps; two and a
+    boolean if there may be jumps; and what the solver itself records.) The forward pass
+    is that of the solver, with whatever solver.
 
-    It needs a solver whose steps can be undone, that is a
-    [`diffrax.AbstractReversibleSolver`][]:
+    A step is undone
 
-    - [`diffrax.UReversible`][], which makes any explicit Runge--Kutta method
-        reversible;
-    - [`diffrax.ReversibleHeun`][], [`diffrax.LeapfrogMidpoint`][] or
-        [`diffrax.SemiImplicitEuler`][];
-    - any of these inside of [`diffrax.HalfSolver`][], except for `LeapfrogMidpoint`;
-    - your own: see [the page on extending](../extending.md).
+    - in closed form, if the solver is a [`diffrax.AbstractReversibleSolver`][]:
+        [`diffrax.ReversibleHeun`][], [`diffrax.LeapfrogMidpoint`][],
+        [`diffrax.SemiImplicitEuler`][], [`diffrax.UReversible`][], or [your
+        own](../extending.md);
+    - numerically, up to rounding, for every explicit Runge--Kutta method, and every
+        other that carries nothing but `y` from one step to the next: see
+        [`diffrax.FixedPointReversible`][];
+    - not at all otherwise. Then all steps are made again, from stored states.
+
+    **Stored states.** Undoing a step is exact up to rounding; undoing many multiplies
+    these rounding errors if the dynamics backward in time are unstable, that is
+    wherever solutions approach each other. So some states are stored on the way
+    forward, between which the solve is divided into segments. Going backward, each is
+    returned to before the step from there is differentiated. If it then turns out that
+    going back over the segment has drifted, or that a step of it could not be undone,
+    then the segment is made again from its stored start, storing states that are nearer
+    to each other, and differentiated again; if need be down to single steps, which are
+    right as they are. So also the gradients of stiff, of dissipative and of chaotic
+    problems are exact, for up to about the cost of
+    [`diffrax.RecursiveCheckpointAdjoint`][].
+
+    **The certificate** tells whether going back over a segment has drifted. It is the
+    largest of: how far the step from the stored state ends from where going back had
+    come by; how large an error of the size of rounding becomes that is carried along
+    (which shows where errors are expanded and then contracted again); and, if the
+    segment has ten or more steps, what difference it makes to the cotangents of its
+    first step whether that is taken to start from the stored state, or from where going
+    back would have it start (which shows whether the gradient is more sensitive than
+    the state). Each leaf of `y` counts for itself, relative to how large it has become.
+    What is tolerated is the machine epsilon to the power of 2/3: two thirds of the
+    digits are right.
 
     Gradients are computed with respect to `y0`, `args`, `terms`, `solver_state` (if
     passed), and whatever the vector field closes over, through `SaveAt(t0=..., t1=...,
@@ -86,16 +110,14 @@ class ReversibleAdjoint(AbstractAdjoint):
     `Solution.solver_state` and `Solution.controller_state`; a gradient) raises an
     error.
 
-    !!! warning
+    !!! warning "When not to use this"
 
-        Undoing a step is exact up to rounding; undoing many multiplies these rounding
-        errors if the dynamics backward in time are unstable. The docstring of each
-        solver tells what it is suited for. Going back ends at a `y0` that is known: if
-        the difference is more than half of the digits (the square root of the machine
-        epsilon, relative to how large that leaf of `y` becomes) then there is an error
-        rather than a gradient, or with `throw=False` one that is NaN. A gradient can be
-        far more sensitive than that. If in doubt, compare it to that of
-        [`diffrax.RecursiveCheckpointAdjoint`][].
+        If memory is not what limits you, or if every step has to be made again anyway
+        (implicit solvers; very stiff problems), then
+        [`diffrax.RecursiveCheckpointAdjoint`][] computes the same gradient at the same
+        cost or less. With `checkpoints=0` nothing can be made again: if the certificate
+        has fewer than half of the digits, then there is an error in place of a
+        gradient, or with `throw=False` one that is NaN.
 
     !!! info
 
@@ -124,6 +146,7 @@ class ReversibleAdjoint(AbstractAdjoint):
     """
 
     checkpoints: int = 16
+    certificate: str = "full"
 
     def __check_init__(self):
         name = type(self).__name__
@@ -132,6 +155,11 @@ class ReversibleAdjoint(AbstractAdjoint):
             raise ValueError(
                 f"`checkpoints` in `{name}(checkpoints=...)` must be a non-negative "
                 f"integer, but got {self.checkpoints}."
+            )
+        if self.certificate not in ("off", "cheap", "full"):
+            raise ValueError(
+                f"`certificate` in `{name}(certificate=...)` must be one of 'off', "
+                f"'cheap' or 'full', but got {self.certificate}."
             )
 
     def loop(
@@ -153,7 +181,6 @@ class ReversibleAdjoint(AbstractAdjoint):
         passed_controller_state,
         progress_meter,
     ) -> Any:
-        del passed_solver_state, passed_controller_state
         name = type(self).__name__
         _check_supported(terms, saveat, event, name)
         reversal = _choose_reversal(solver, init_state.solver_state)
@@ -203,6 +230,7 @@ class ReversibleAdjoint(AbstractAdjoint):
             name=name,
             reversal=reversal,
             checkpoints=self.checkpoints,
+            certificate=self.certificate,
             throw=throw,
             **kwargs,
         )
@@ -236,15 +264,26 @@ class ReversibleAdjoint(AbstractAdjoint):
         return final_state, aux_stats
 
 
-ReversibleAdjoint.__init__.__doc__ = """**Arguments:** None
+ReversibleAdjoint.__init__.__doc__ = """**Arguments:**
+
+- `checkpoints`: How many states to store on the way forward (each consists of `y` and,
+    unless a step is undone numerically, the solver state), spread over all steps. On
+    the way back there is room for as many again. With more than the number of steps,
+    everything is stored. With zero, nothing is, and no step is made again.
+- `certificate`: Either `"full"`; or `"cheap"`, which is only the first of its three
+    parts, and costs nothing; or `"off"`, with which no step is made again because of
+    it, and gradients may be wrong. The full one takes two evaluations of the vector
+    field for each step that is undone numerically, or undoing each step a second time;
+    and one step more for each segment.
 
 **Raises:**
 
-When used in [`diffrax.diffeqsolve`][], before anything runs: `ValueError` if the solver
-is not reversible (or is `HalfSolver(LeapfrogMidpoint())`), or if there is an
-`UnsafeBrownianPath`; `NotImplementedError` for an
-`event`, or for any of `SaveAt(steps=..., dense=..., fn=..., subs=...)`, or for
-forward-mode autodifferentiation.
+`ValueError` if one of the arguments is none of these.
+
+When used in [`diffrax.diffeqsolve`][], before anything runs: `ValueError` if there is
+an `UnsafeBrownianPath`, or with `checkpoints=0` if the steps of the solver cannot be
+undone; `NotImplementedError` for an `event`, or for any of `SaveAt(steps=...,
+dense=..., fn=..., subs=...)`, or for forward-mode autodifferentiation.
 """
 
 

@@ -20,7 +20,7 @@ from jaxtyping import PyTree
 from ._custom_types import Args, RealScalarLike, Y
 from ._reversal import AbstractReversal
 from ._saveat import SaveAt
-from ._step_record import may_jump, StepRecord
+from ._step_record import may_jump, Step, StepRecord
 from ._step_size_controller import ConstantStepSize, StepTo
 from ._stored_states import StoredStates
 from ._term import AbstractTerm
@@ -50,11 +50,13 @@ class ClosedSolve(eqx.Module):
         returns `(y0, solver_state)`. `None` if there is no such thing.
     - `vf`: a function of `(terms, t, y, args)`, which is the `hint` for a step that
         ends at `(t, y)` if that is not the solver state.
+    - `increment`: a function of `(terms, step, args, hint)`, which is the product of
+        `vf` and the control of a step. `None` if there is no such thing.
     - `interpolate`: the solution inside of one step; a function of `(dense_info, step,
         t)`.
     - `reversal`: how steps are undone. (Not the instance, the methods of which are the
         above.)
-    - `checkpoints`: how many states to store, and as many again on the way back.
+    - `checkpoints`, `certificate`: as passed to the adjoint.
     - `saveat`, `t0`, `t1`, `throw`: as passed to `diffeqsolve`.
     - `name`: what to call the adjoint in error messages.
     """
@@ -63,9 +65,11 @@ class ClosedSolve(eqx.Module):
     replay: Callable
     step_back: Callable | None
     vf: Callable
+    increment: Callable | None
     interpolate: Callable
     reversal: type[AbstractReversal] = eqx.field(static=True)
     checkpoints: int = eqx.field(static=True)
+    certificate: str = eqx.field(static=True)
     saveat: SaveAt
     t0: RealScalarLike
     t1: RealScalarLike
@@ -99,9 +103,13 @@ def _vf(reversal, terms, t, y, args):
     return as_arrays(reversal.vf(terms, t, y, args))
 
 
-def _interpolate(solver, dense_info, step, t):
-    interpolation = solver.interpolation_cls(t0=step.t0, t1=step.t1, **dense_info)
-    return interpolation.evaluate(t)
+def _increment(reversal, terms, step, args, vf):
+    return as_arrays(reversal.increment(terms, step, args, vf))
+
+
+def _interpolate(reversal, dense_info, step, t):
+    interpolation_cls = reversal.solver.interpolation_cls
+    return interpolation_cls(t0=step.t0, t1=step.t1, **dense_info).evaluate(t)
 
 
 def close_solve(
@@ -114,6 +122,7 @@ def close_solve(
     name: str,
     reversal: AbstractReversal,
     checkpoints: int,
+    certificate: str,
     init_state: Any,
     max_steps: int,
     stepsize_controller: Any,
@@ -127,8 +136,8 @@ def close_solve(
 
     The arguments are those of [`diffrax.AbstractAdjoint.loop`][]. In addition, `loop`
     is the integration loop, `reversal` is how to undo the steps of its solver,
-    `checkpoints` is how many states to store, and `name` is what to call its adjoint in
-    error messages.
+    `checkpoints` and `certificate` are those of its adjoint, and `name` is what to call
+    that in error messages.
 
     Returns a function `local` and the solve. The former makes one step; it is a
     function of `(terms, step, y0, args, solver_state, has_output)` that returns `(y1,
@@ -166,36 +175,15 @@ def close_solve(
         return _loop_and_record(_loop, reversal, empty_record, stored, always_jumps)
 
     step = eqx.filter_eval_shape(empty_record.read, 0, 1)
+    local, parts = _close_parts(reversal, name, terms, step, y, args, solver_state)
     convert: Any = eqx.filter_closure_convert
-    step_args = terms, step, y, args, solver_state
-    has_output = jnp.array(True)
-    local = convert(ft.partial(_step, reversal), *step_args, has_output)
-    _, dense_info, _, hint = eqx.filter_eval_shape(local, *step_args, has_output)
-    # `local` is what passes on the gradient with respect to anything that it closes
-    # over. Anything else does not have one.
-    has_gradient = {id(x) for x in local.consts}
-    without_gradient = ft.partial(_without_gradient, has_gradient, name)
-    step_back = None
-    if reversal.can_step_back:
-        step_back = without_gradient(
-            convert(ft.partial(_step_back, reversal), terms, step, y, args, hint)
-        )
+    closed_forward = convert(forward, y, solver_state, args, terms)
     return local, ClosedSolve(
-        forward=without_gradient(convert(forward, y, solver_state, args, terms)),
-        replay=without_gradient(convert(ft.partial(_replay, reversal), *step_args)),
-        step_back=step_back,
-        vf=without_gradient(
-            convert(ft.partial(_vf, reversal), terms, step.t1, y, args)
-        ),
-        interpolate=_without_gradient(
-            set(),
-            name,
-            convert(
-                ft.partial(_interpolate, reversal.solver), dense_info, step, step.t0
-            ),
-        ),
+        forward=_without_gradient(closed_forward, _ids(local), name),
+        **parts,
         reversal=type(reversal),
         checkpoints=checkpoints,
+        certificate=certificate,
         saveat=saveat,
         t0=t0,
         t1=t1,
@@ -204,7 +192,50 @@ def close_solve(
     )
 
 
-def _without_gradient(has_gradient: set[int], name: str, closed: Any) -> Any:
+def _close_parts(
+    reversal: AbstractReversal,
+    name: str,
+    terms: PyTree[AbstractTerm],
+    step: Step,
+    y: Y,
+    args: Args,
+    solver_state: PyTree,
+) -> tuple[Callable, dict[str, Any]]:
+    """Returns `local`, and the other functions of a single step."""
+
+    def convert(fn, *args):
+        converted: Any = eqx.filter_closure_convert
+        return converted(ft.partial(fn, reversal), *args)
+
+    def close(fn, *args):
+        return _without_gradient(convert(fn, *args), _ids(local), name)
+
+    step_args = terms, step, y, args, solver_state
+    has_output = jnp.array(True)
+    local = convert(_step, *step_args, has_output)
+    _, dense_info, _, hint = eqx.filter_eval_shape(local, *step_args, has_output)
+    step_back = increment = None
+    if reversal.can_step_back:
+        step_back = close(_step_back, terms, step, y, args, hint)
+    if not reversal.has_state and hint is not None:
+        increment = close(_increment, terms, step, args, hint)
+    interpolate = convert(_interpolate, dense_info, step, step.t0)
+    return local, dict(
+        replay=close(_replay, *step_args),
+        step_back=step_back,
+        vf=close(_vf, terms, step.t1, y, args),
+        increment=increment,
+        interpolate=_without_gradient(interpolate, set(), name),
+    )
+
+
+def _ids(closed: Any) -> set[int]:
+    """Of everything that a function closes over. `local` is what passes on the gradient
+    with respect to that. Nothing else does."""
+    return {id(x) for x in closed.consts}
+
+
+def _without_gradient(closed: Any, has_gradient: set[int], name: str) -> Any:
     msg = (
         f"Cannot differentiate, when using `adjoint={name}()`, with respect to a value "
         "that only the step size controller, its state, the times of the solve, or the "
@@ -229,7 +260,7 @@ def _loop_and_record(
     always_jumps: bool,
 ) -> tuple[Any, Any, StepRecord, StoredStates]:
     """Runs `loop`, recording every accepted step and storing some states."""
-    final = None
+    final: Any = None
 
     def outer_while_loop(cond_fun, body_fun, init_val, *, max_steps, buffers):
         def _cond_fun(val):

@@ -52,11 +52,14 @@ class _Traced:
     def __init__(self, fn: Callable[[Y], PyTree[Array]], y: Y):
         def flat(*leaves):
             out = fn(jtu.tree_unflatten(in_tree, leaves))
-            leaves_out, self._out_tree = jtu.tree_flatten(out)
+            leaves_out, out_tree = jtu.tree_flatten(out)
+            out_trees.append(out_tree)
             return leaves_out
 
+        out_trees = []
         leaves, in_tree = jtu.tree_flatten(y)
         closed = jax.make_jaxpr(flat)(*leaves)
+        [self._out_tree] = out_trees
         jaxpr = closed.jaxpr
         known = dict(zip(jaxpr.constvars, closed.consts))
         self._jaxpr = closed
@@ -103,15 +106,49 @@ class InvertedStep(eqx.Module):
     """What `invert_step` found.
 
     - `y0`: where the step starts.
+    - `guess`: what `step_back` returned for `y1`. Has no meaning if `y0` was known.
     - `aux`: what else `step` returned there.
     - `error`: by how much it misses `y1`, in units of rounding.
     - `num_corrections`: how often the first guess was corrected.
     """
 
     y0: Y
+    guess: Y
     aux: Any
     error: Real[Array, ""]
     num_corrections: Int[Array, ""]
+
+
+def _next_y0(
+    val: _Iteration,
+    step_back: Callable[[Y, BoolScalarLike], Y],
+    end: Y,
+    y1: Y,
+    known: BoolScalarLike,
+    known_y0: Y | None,
+) -> tuple[Y, Y]:
+    """What to try next, where the step from `val.y0` led to `end`. And `val.target`."""
+    is_first = val.index == 0
+    end = jtu.tree_map(lambda a, b: jnp.where(is_first, a, b), y1, end)
+    back = lax.cond(
+        eqxi.unvmap_any(~(val.at_best | (is_first & known))),
+        lambda: step_back(end, is_first),
+        lambda: end,
+    )
+    corrected = (val.y0**ω + val.target**ω - back**ω).ω
+    # A guess of NaN would be the end of it.
+    finite = [jnp.all(jnp.isfinite(x)) for x in jtu.tree_leaves(back)]
+    is_finite = ft.reduce(jnp.logical_and, finite, jnp.array(True))
+
+    def choose(start, guess, correction, best, y1):
+        guess = jnp.where(is_finite, guess, y1)
+        first = jnp.where(known, start, guess)
+        return jnp.where(is_first, first, jnp.where(val.at_best, best, correction))
+
+    start = y1 if known_y0 is None else known_y0
+    y0 = jtu.tree_map(choose, start, back, corrected, val.best_y0, y1)
+    target = jtu.tree_map(lambda a, b: jnp.where(is_first, a, b), back, val.target)
+    return y0, target
 
 
 def invert_step(
@@ -149,32 +186,9 @@ def invert_step(
         size = jtu.tree_map(jnp.maximum, size1, max_abs(y0))
         return relative_distance(end, y1, size)
 
-    def next_y0(val: _Iteration) -> tuple[Y, Y]:
-        end, _ = traced.complete(val.outputs)
-        is_first = val.index == 0
-        end = jtu.tree_map(lambda a, b: jnp.where(is_first, a, b), y1, end)
-        back = lax.cond(
-            eqxi.unvmap_any(~(val.at_best | (is_first & known))),
-            lambda: step_back(end, is_first),
-            lambda: end,
-        )
-        corrected = (val.y0**ω + val.target**ω - back**ω).ω
-        # A guess of NaN would be the end of it.
-        finite = [jnp.all(jnp.isfinite(x)) for x in jtu.tree_leaves(back)]
-        is_finite = ft.reduce(jnp.logical_and, finite, jnp.array(True))
-
-        def choose(start, guess, correction, best, y1):
-            guess = jnp.where(is_finite, guess, y1)
-            first = jnp.where(known, start, guess)
-            return jnp.where(is_first, first, jnp.where(val.at_best, best, correction))
-
-        start = y1 if known_y0 is None else known_y0
-        y0 = jtu.tree_map(choose, start, back, corrected, val.best_y0, y1)
-        target = jtu.tree_map(lambda a, b: jnp.where(is_first, a, b), back, val.target)
-        return y0, target
-
     def body_fun(val: _Iteration) -> _Iteration:
-        y0, target = next_y0(val)
+        end, _ = traced.complete(val.outputs)
+        y0, target = _next_y0(val, step_back, end, y1, known, known_y0)
         outputs = traced(y0)
         error = distance(y0, outputs)
         halved = error <= 0.5 * val.best_error
@@ -199,7 +213,7 @@ def invert_step(
             best_y0=best_y0,
             stalled=stalled,
             at_best=given_up,
-            done=done,
+            done=jnp.asarray(done),
         )
 
     infinity = jnp.array(jnp.inf, jnp.result_type(float))
@@ -221,4 +235,4 @@ def invert_step(
         kind="lax",
     )
     _, aux = traced.complete(val.outputs)
-    return InvertedStep(val.y0, aux, val.error, val.index - 1)
+    return InvertedStep(val.y0, val.target, aux, val.error, val.index - 1)

@@ -58,6 +58,12 @@ class AbstractReversal(eqx.Module):
         del terms, t, y, args
         return None
 
+    def increment(
+        self, terms: PyTree[AbstractTerm], step: Step, args: Args, vf: VF
+    ) -> Y:
+        """If not `has_state`, and `vf` is not `None`: its product with the control."""
+        raise NotImplementedError
+
     @abc.abstractmethod
     def step(
         self,
@@ -120,6 +126,10 @@ class NumericalReversal(AbstractReversal):
 
     def vf(self, terms, t, y, args):
         return UnrolledSolver(self.solver).vf(terms, t, y, args)
+
+    def increment(self, terms, step, args, vf):
+        del args
+        return terms.prod(vf, terms.contr(step.t0, step.t1))
 
     def step(self, terms, step, y0, args, solver_state, has_output):
         unrolled = UnrolledSolver(self.solver)

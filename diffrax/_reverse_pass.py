@@ -22,18 +22,23 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Int, PyTree, Real
 
 from ._closed_solve import as_arrays, ClosedSolve
-from ._custom_types import BoolScalarLike, DenseInfo, IntScalarLike, Y
+from ._custom_types import (
+    BoolScalarLike,
+    DenseInfo,
+    IntScalarLike,
+    RealScalarLike,
+    Y,
+)
 from ._invert_step import invert_step, max_abs, relative_distance
+from ._rounding_probe import advance, derivative, rounding
 from ._step_record import Step, StepRecord
 from ._stored_states import StoredStates
 
 
 filter_inexact = ft.partial(eqx.filter, filter_spec=eqx.is_inexact_array)
 
-# With more corrections than this per step, it is less work to make a segment again than
-# to undo it: once, if there is room for all of its states, or else twice. A correction
-# is as much work as making two steps.
-_max_correction_rates = (0.1, 0.6)
+# From this many steps on, a segment is long.
+_long = 10
 
 
 def add(x: PyTree, y: PyTree) -> PyTree:
@@ -57,6 +62,8 @@ class Position(eqx.Module):
     - `grad_y`, `grad_solver_state`: the cotangents of the state.
     - `grads`: those of the parameters, so far.
     - `size`: how large each leaf of `y` has been so far.
+    - `error`: what rounding may have led to since the last state that was known: of
+        `y`, and of the solver state if that is the hint.
     """
 
     index: Int[Array, ""]
@@ -67,6 +74,7 @@ class Position(eqx.Module):
     grad_solver_state: PyTree[Array]
     grads: PyTree[Array]
     size: PyTree[Array]
+    error: PyTree[Array]
 
 
 class Work(eqx.Module):
@@ -122,23 +130,23 @@ class ReversePass(eqx.Module):
     ) -> tuple[Position, Real[Array, ""], Int[Array, ""]]:
         """Goes back over one step: from `state0`, if `known`, or else by undoing it.
 
-        Returns the new position, by how much the step misses where it was to end as a
-        fraction of what is tolerated, and the number of corrections that were made."""
+        Returns the new position, the certificate (how far this may be off, as a
+        fraction of what is tolerated), and the number of corrections that were made."""
         closed = self.closed
-        args, terms, _ = self.params
         index = position.index - 1
         step = self.record.read(index, self.num_steps)
-        known_y0, known_solver_state0 = state0
         has_output = self._has_output(position, step)
         linearise = ft.partial(self._linearise, step, has_output)
+        undone = state0
         corrections = jnp.array(0)
 
         if not closed.reversal.can_step_back:
-            y0, solver_state0 = state0
-            y1, aux = linearise(y0, solver_state0)
+            y0, _ = state0
+            y1, aux = linearise(*state0)
         elif closed.reversal.iterates:
             forgotten = closed.reversal.forget_state(self.solver_state0)
             solver_state0 = _where(index == 0, self.solver_state0, forgotten)
+            known_y0, _ = state0
             inverted = invert_step(
                 lambda y: _keep_y(linearise(y, solver_state0)),
                 lambda y, is_y1: self._guess(step, y, position.hint, is_y1),
@@ -148,25 +156,81 @@ class ReversePass(eqx.Module):
             )
             y0, corrections = inverted.y0, inverted.num_corrections
             y1, aux = inverted.aux
+            undone = inverted.guess, None
         else:
-            struct = known_y0, known_solver_state0
-            y0, solver_state0 = lax.cond(
+            undone = lax.cond(
                 eqxi.unvmap_all(known),
-                lambda: struct,
-                lambda: _where(
-                    known,
-                    struct,
-                    closed.step_back(terms, step, position.y, args, position.hint),
-                ),
+                lambda: state0,
+                lambda: self._step_back(step, position.y, position.hint),
             )
+            y0, solver_state0 = _where(known, state0, undone)
             y1, aux = linearise(y0, solver_state0)
 
         size = jtu.tree_map(jnp.maximum, position.size, max_abs(filter_inexact(y0)))
         missed = relative_distance(
             filter_inexact(y1), filter_inexact(position.y), size, self.tolerance()
         )
-        position = self._pull_back(position, step, y0, size, aux)
+        error = position.error
+        if error is not None:
+            error = lax.cond(
+                eqxi.unvmap_all(known),
+                lambda: error,
+                lambda: self._advance_error(position, step, y0, undone),
+            )
+            grown = relative_distance(
+                error[0], zeros_like(error[0]), size, self.tolerance()
+            )
+            missed = jnp.where(known, missed, jnp.maximum(missed, grown))
+        position = self._pull_back(position, step, y0, aux)
+        position = eqx.tree_at(
+            lambda p: (p.size, p.error),
+            position,
+            (size, error),
+            is_leaf=lambda x: x is None,
+        )
         return position, missed, corrections
+
+    def _step_back(self, step: Step, y1: Y, hint: PyTree) -> tuple[Y, PyTree]:
+        args, terms, _ = self.params
+        assert self.closed.step_back is not None
+        return self.closed.step_back(terms, step, y1, args, hint)
+
+    def start_error(self, y: Y, hint: PyTree) -> PyTree[Array]:
+        """What to set `Position.error` to, where the state is known."""
+        closed = self.closed
+        if closed.certificate != "full" or not closed.reversal.can_step_back:
+            return None
+        tree = filter_inexact((y, hint if closed.reversal.has_state else None))
+        return rounding(tree)
+
+    def _advance_error(
+        self, position: Position, step: Step, y0: Y, undone: PyTree
+    ) -> PyTree[Array]:
+        """Carries `position.error` over a step that was undone."""
+        args, terms, _ = self.params
+        closed = self.closed
+        if closed.increment is None:
+            # Some of the hint may not be floating point.
+            hint = position.hint if closed.reversal.has_state else None
+            state1 = position.y, hint
+            diff, nondiff = eqx.partition(state1, eqx.is_inexact_array)
+
+            def _undo(diff):
+                y, _hint = eqx.combine(diff, nondiff)
+                _hint = _hint if closed.reversal.has_state else position.hint
+                return filter_inexact(self._step_back(step, y, _hint))
+
+            error = derivative(_undo, diff, filter_inexact(undone), position.error)
+        else:
+
+            def _increment(y):
+                vf = closed.vf(terms, step.t1, y, args)
+                return closed.increment(terms, step, args, vf)  # pyright: ignore
+
+            value = closed.increment(terms, step, args, position.hint)
+            error, _ = position.error
+            error = advance(_increment, position.y, value, error), None
+        return add(error, self.start_error(y0, undone[1]))
 
     def _guess(self, step: Step, y: Y, hint: PyTree, is_y1: BoolScalarLike) -> Y:
         closed = self.closed
@@ -178,7 +242,7 @@ class ReversePass(eqx.Module):
                 lambda: hint,
                 lambda: _where(is_y1, hint, closed.vf(terms, step.t1, y, args)),
             )
-        y0, _ = closed.step_back(terms, step, y, args, hint)
+        y0, _ = self._step_back(step, y, hint)
         return y0
 
     def _linearise(
@@ -208,7 +272,7 @@ class ReversePass(eqx.Module):
         return y1, (dense_info, hint0, pull_back)
 
     def _pull_back(
-        self, position: Position, step: Step, y0: Y, size: PyTree, aux: PyTree
+        self, position: Position, step: Step, y0: Y, aux: PyTree
     ) -> Position:
         dense_info, hint0, pull_back = aux
         ts_index = position.ts_index
@@ -228,7 +292,8 @@ class ReversePass(eqx.Module):
             grad_y=grad_y0,
             grad_solver_state=grad_solver_state0,
             grads=add(position.grads, grads),
-            size=size,
+            size=position.size,
+            error=position.error,
         )
 
     def _has_output(self, position: Position, step: Step) -> BoolScalarLike:
@@ -278,12 +343,18 @@ class ReversePass(eqx.Module):
         self, position: Position, target: IntScalarLike, state: PyTree
     ) -> tuple[Position, Real[Array, ""], Int[Array, ""]]:
         """Goes back to step `target`, which starts from `state`. Returns the new
-        position, the worst of what `step` reported, and the number of corrections."""
+        position, the certificate, and the number of corrections.
 
+        If the segment is long then the last step is first undone like any other, which
+        shows what difference it makes to the cotangents that the state from which it
+        started was known."""
         start = position.index
+        is_long = jnp.array(False)
+        if self.closed.certificate == "full" and self.closed.reversal.can_step_back:
+            is_long = start - target >= _long
 
         def cond_fun(carry):
-            position, missed, corrections = carry
+            position, missed, corrections, *_ = carry
             go_on = True
             if self.closed.checkpoints > 0:
                 # Whoever corrects this much is better off making the segment again.
@@ -292,18 +363,52 @@ class ReversePass(eqx.Module):
             return (position.index > target) & go_on
 
         def body_fun(carry):
-            position, missed, corrections = carry
-            known = position.index - 1 <= target
-            position, new_missed, new_corrections = self.step(position, known, state)
+            position, missed, corrections, tried, tried_grad_y = carry
+            is_last = position.index - 1 <= target
+            try_ = is_last & is_long & ~tried
+            known = is_last & ~try_
+            new, new_missed, new_corrections = self.step(position, known, state)
+            size = max_abs(new.grad_y)
+            differs = relative_distance(
+                new.grad_y, tried_grad_y, size, self.tolerance()
+            )
+            differs = jnp.where(known & tried, differs, 0)
+            new_missed = jnp.maximum(new_missed, differs)
+            if self.closed.certificate == "off":
+                new_missed = jnp.zeros_like(new_missed)
             # NaN is larger than anything.
             new_missed = jnp.where(jnp.isnan(new_missed), jnp.inf, new_missed)
             missed = jnp.maximum(missed, new_missed)
-            return position, missed, corrections + new_corrections
+            position, tried_grad_y = lax.cond(
+                eqxi.unvmap_any(try_),
+                lambda: (
+                    _where(try_, position, new),
+                    _where(try_, new.grad_y, tried_grad_y),
+                ),
+                lambda: (new, tried_grad_y),
+            )
+            corrections = corrections + new_corrections
+            return position, missed, corrections, tried | try_, tried_grad_y
 
-        zero = jnp.zeros((), jnp.result_type(float))
-        return eqxi.while_loop(
-            cond_fun, body_fun, (position, zero, jnp.array(0)), kind="lax"
+        position = eqx.tree_at(
+            lambda p: p.error,
+            position,
+            self.start_error(position.y, position.hint),
+            is_leaf=lambda x: x is None,
         )
+        position, missed, corrections, *_ = eqxi.while_loop(
+            cond_fun,
+            body_fun,
+            (
+                position,
+                jnp.zeros((), jnp.result_type(float)),
+                jnp.array(0),
+                jnp.array(False),
+                position.grad_y,
+            ),
+            kind="lax",
+        )
+        return position, missed, corrections
 
     def replay(
         self,
@@ -384,10 +489,8 @@ class ReversePass(eqx.Module):
             first = stored.last()
             length = position.index - first
             state = stored.read(first, start)
-            has_room = length - 2 <= stored.num_free
-            again = (length > limit) | (
-                rate > jnp.where(has_room, *_max_correction_rates)
-            )
+            max_rate = _max_correction_rate(length, stored.num_free)
+            again = (length > limit) | (rate > max_rate)
             if not self.closed.reversal.can_step_back:
                 again = jnp.array(True)
             again = again & (length > 1)
@@ -430,10 +533,21 @@ class ReversePass(eqx.Module):
         return position, work
 
 
+def _max_correction_rate(
+    length: IntScalarLike, num_free: IntScalarLike
+) -> RealScalarLike:
+    """With how many corrections per step it is less work to make a segment again than
+    to undo it. A correction is as much work as making two steps. Each step has to be
+    made again once if there is room for all of the states, and twice if there is for
+    some of them, and for all of those between."""
+    twice = jnp.where(length <= (num_free // 2 + 1) ** 2, 0.6, jnp.inf)
+    return jnp.where(length - 2 <= num_free, 0.1, twice)
+
+
 def _keep_y(out: tuple[Y, PyTree]) -> tuple[Y, PyTree]:
     return out[0], out
 
 
 def _coarsest_eps(y: Y) -> float:
     eps = [float(jnp.finfo(x.dtype).eps) for x in jtu.tree_leaves(filter_inexact(y))]
-    return max(eps, default=0.0)
+    return max(eps, default=1.0)

@@ -114,6 +114,7 @@ def _reversible_loop_bwd(
         grad_solver_state=zeros_like(filter_inexact(solver_state1)),
         grads=zeros_like(diff_params),
         size=max_abs(filter_inexact(y1)),
+        error=reverse_pass.start_error(y1, hint),
     )
     start, work = reverse_pass.run(end, stored)
     grad_y0 = _pull_back_start(start.grad_y, grad_ys, saveat, closed.t0 == closed.t1)

@@ -26,6 +26,7 @@ from jaxtyping import Array, PyTree
 
 # Before any array is made.
 jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_disable_most_optimizations", True)
 
 t0, t1, dt0 = 0.5, 2.45, 0.2
 # At both ends, twice at the same time, several in one step, none in many, and on the

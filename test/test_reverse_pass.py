@@ -6,9 +6,12 @@ import hypothesis
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
 import pytest
+from diffrax._invert_step import invert_step
+from diffrax._rounding_probe import advance
 from diffrax._stored_states import StoredStates
 
 
@@ -154,10 +157,90 @@ def test_hard_solvers(solver, controller):
     assert max(_errors(out, expected)) <= 1e-9
 
 
-@pytest.mark.parametrize("checkpoints", (-1, True))
-def test_validation(checkpoints):
-    with pytest.raises(ValueError, match="`checkpoints` in `ReversibleAdjoint"):
-        diffrax.ReversibleAdjoint(checkpoints=checkpoints)
+@pytest.mark.parametrize(
+    "name, value", (("checkpoints", -1), ("checkpoints", True), ("certificate", "on"))
+)
+def test_validation(name, value):
+    with pytest.raises(ValueError, match=f"`{name}` in `ReversibleAdjoint"):
+        diffrax.ReversibleAdjoint(**{name: value})
+
+
+#
+# The certificate
+#
+
+
+def _hump(t, y, args):
+    # Neighbouring solutions come apart, and come together again. Backward as well.
+    return args * jnp.sin(t) * jnp.sin(y - jnp.cos(t)) - jnp.sin(t)
+
+
+@pytest.mark.parametrize("certificate, is_refused", (("cheap", False), ("full", True)))
+def test_errors_that_come_back(certificate, is_refused):
+    # Where going back ends is as it should be; the gradient was taken in between.
+    def loss(args):
+        sol = diffrax.diffeqsolve(
+            diffrax.ODETerm(_hump),
+            diffrax.Tsit5(),
+            0.0,
+            2 * np.pi,
+            2 * np.pi / 3000,
+            jnp.array([1.01]),
+            args,
+            adjoint=diffrax.ReversibleAdjoint(checkpoints=0, certificate=certificate),
+            throw=False,
+        )
+        assert sol.ys is not None
+        return jnp.sum(sol.ys)
+
+    assert bool(jnp.isnan(jax.jit(jax.grad(loss))(10.0))) == is_refused
+
+
+def test_error_of_a_step_back():
+    # Up to second order, as the method is assumed to be, but for a difference quotient.
+    matrix = jnp.array([[0.3, -1.0], [0.5, 0.2]])
+    y, error = jnp.array([2.0, -1.0]), jnp.array([1e-16, 3e-16])
+    advanced = advance(lambda y: matrix @ y, y, matrix @ y, error)
+    expected = error - matrix @ error + 0.5 * matrix @ matrix @ error
+    np.testing.assert_allclose(advanced, expected, rtol=1e-6)
+
+
+@hypothesis.given(
+    seed=st.integers(0, 2**31 - 1),
+    step_size=st.floats(1e-3, 2.0),
+    scale=st.sampled_from((1e-9, 1.0, 1e9)),
+)
+@hypothesis.settings(deadline=None, max_examples=50, derandomize=True)
+def test_inverted_or_reported(seed, step_size, scale):
+    y0, y1, inverted = _invert(jr.key(seed), jnp.array(step_size), jnp.array(scale))
+    if inverted.error <= 16:
+        # It is a start from which the step leads to the end; and the start, unless the
+        # steps are so large that there may be others.
+        if step_size <= 0.2:
+            for x, found in zip(jtu.tree_leaves(y0), jtu.tree_leaves(inverted.y0)):
+                np.testing.assert_allclose(
+                    x, found, rtol=0, atol=1e-13 * float(jnp.max(x))
+                )
+    else:
+        assert step_size > 0.2
+
+
+@jax.jit
+def _invert(key, step_size, scale):
+    weights = jr.normal(key, (4, 4)) / 2
+    y0 = {"a": 1 + jr.uniform(key, (4,)), "b": scale * (2 + jr.uniform(key, (2, 2)))}
+
+    def field(y):
+        both = jnp.tanh(weights @ (y["a"] + y["b"].reshape(4) / scale))
+        return {"a": both, "b": scale * both.reshape(2, 2)}
+
+    def euler(y, h):
+        return jtu.tree_map(lambda x, f: x + h * f, y, field(y))
+
+    y1 = euler(y0, step_size)
+    step = lambda y: (euler(y, step_size), ())
+    step_back = lambda y, is_y1: euler(y, -step_size)
+    return y0, y1, invert_step(step, step_back, y1)
 
 
 #
@@ -204,6 +287,7 @@ def _count(adjoint, solver, num_steps, t1, scale):
             adjoint=adjoint,
             max_steps=num_steps + 1,
         )
+        assert sol.ys is not None
         return jnp.sum(sol.ys)
 
     jax.block_until_ready(loss(jnp.array(scale)))
