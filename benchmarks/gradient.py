@@ -1,22 +1,27 @@
 """What a gradient costs: its error, its scratch memory, and its time.
 
     python benchmarks/gradient.py [--problem NAME] [--solver NAME] [--adjoint NAME ...]
-        [--steps N ...] [--output FILE]
+        [--steps N ...] [--float64] [--compile-only] [--output FILE]
 
-Compares adjoints on the same solver and the same steps. The expectation is that the
-memory of `ReversibleAdjoint` is the same for any number of steps, its error that of
-rounding, and its time that of a fixed number of evaluations of the vector field for
-each step, where that of `RecursiveCheckpointAdjoint` grows with the number of steps.
+Compares adjoints on the same solver and the same steps, and with them `UReversible`
+around that solver. The expectation is that the memory of `ReversibleAdjoint` is the
+same for any number of steps, but for the record of the times of the steps, and its
+error that of rounding. Its time is to be that of a fixed number of evaluations of the
+vector field for each step, as long as the steps can be undone.
 
 Times are medians (with the quartiles) over repetitions that are interleaved, and ratios
-to the first row: to `RecursiveCheckpointAdjoint` with the solver that is inside of
-`UReversible`, which makes half the evaluations. Each error is relative to the gradient
-of the same solve in float64. One problem is there because `UReversible` loses on it:
-`decay`, where its pair of states is unstable (see its docstring), so that the solve
-fails where the same Runge--Kutta method by itself does not.
+to the first row: to `RecursiveCheckpointAdjoint` with a stock solver. Each error is
+relative to the gradient of the same solve by `RecursiveCheckpointAdjoint` in float64.
 
-Takes about two minutes on 2 CPU cores with the default arguments. Appends one line of
-JSON for each adjoint and number of steps to the output file.
+Some problems are there because something loses on them. On `van_der_pol`, `lorenz` and
+`heat` (with 100 steps), going back over all of the steps is impossible, so that
+`ReversibleAdjoint` has to make many of them again. On these and on `decay`, the pair of
+states of `UReversible` is unstable (see its docstring), so that the solve fails where
+the same Runge--Kutta method by itself does not. With few steps, as on `mlp` with 100,
+`ReversibleAdjoint` needs more memory than `RecursiveCheckpointAdjoint`.
+
+Takes about three minutes on 2 CPU cores with the default arguments. Appends one line of
+JSON for each row to the output file.
 """
 
 import argparse
@@ -41,14 +46,16 @@ from jaxtyping import Array, PyTree
 
 
 SOLVERS: dict[str, Callable[[], diffrax.AbstractSolver]] = {
+    "Tsit5": diffrax.Tsit5,
+    "Heun": diffrax.Heun,
+    "Dopri8": diffrax.Dopri8,
     "UReversible(Tsit5)": lambda: diffrax.UReversible(diffrax.Tsit5()),
     "UReversible(Heun)": lambda: diffrax.UReversible(diffrax.Heun()),
     "ReversibleHeun": diffrax.ReversibleHeun,
     "LeapfrogMidpoint": diffrax.LeapfrogMidpoint,
-    "Tsit5": diffrax.Tsit5,
-    "Heun": diffrax.Heun,
 }
 STOCK = {"UReversible(Tsit5)": "Tsit5", "UReversible(Heun)": "Heun"}
+COUPLED = {stock: coupled for coupled, stock in STOCK.items()}
 ADJOINTS: dict[str, Callable[[], diffrax.AbstractAdjoint]] = {
     "RecursiveCheckpointAdjoint": diffrax.RecursiveCheckpointAdjoint,
     "DirectAdjoint": diffrax.DirectAdjoint,
@@ -56,7 +63,7 @@ ADJOINTS: dict[str, Callable[[], diffrax.AbstractAdjoint]] = {
     "ReversibleAdjoint": diffrax.ReversibleAdjoint,
 }
 REFERENCE = "RecursiveCheckpointAdjoint"
-DEFAULT = [REFERENCE, "BacksolveAdjoint", "ReversibleAdjoint"]
+OURS = "ReversibleAdjoint"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,13 +109,52 @@ def _wave() -> Problem:
     return Problem(field, 10.0, jnp.linspace(0.5, 1.0, 1000), jnp.stack([u, 0 * u]))
 
 
+def _van_der_pol() -> Problem:
+    """A limit cycle: what is not on it is drawn to it fast, and in parts very fast."""
+    field = lambda t, y, mu: jnp.stack([y[1], mu * (1 - y[0] ** 2) * y[1] - y[0]])
+    return Problem(field, 10.0, jnp.array(5.0), jnp.array([2.0, 0.0]))
+
+
+def _lorenz() -> Problem:
+    """Chaos. For `--float64`: the gradient grows by a factor of 1e8 or so."""
+
+    def field(t, y, params):
+        x, y, z = y
+        sigma, rho, beta = params
+        return jnp.stack([sigma * (y - x), x * (rho - z) - y, x * y - beta * z])
+
+    return Problem(field, 20.0, jnp.array([10.0, 28.0, 8 / 3]), jnp.ones(3))
+
+
+def _heat() -> Problem:
+    """The heat equation on 64 points. With 100 steps, an explicit method is near the
+    limit of its stability."""
+
+    def field(t, y, conductivity):
+        y = jnp.pad(y, 1)
+        return conductivity * (y[2:] - 2 * y[1:-1] + y[:-2])
+
+    x = jnp.linspace(0, 1, 66)[1:-1]
+    y0 = jnp.sin(jnp.pi * x) + 0.1 * jnp.sin(20 * jnp.pi * x)
+    # Times 4, this is the largest rate at which anything decays.
+    return Problem(field, 1.0, jnp.array(65.0), y0)
+
+
 def _decay() -> Problem:
     """`y' = -rate * y`: `UReversible` is unstable here, and its solve fails."""
     field = lambda t, y, rate: -rate * y
     return Problem(field, 40.0, jnp.array(1.0), jnp.ones(10))
 
 
-PROBLEMS = dict(mlp=_mlp, pendulum=_pendulum, wave=_wave, decay=_decay)
+PROBLEMS = dict(
+    mlp=_mlp,
+    pendulum=_pendulum,
+    wave=_wave,
+    van_der_pol=_van_der_pol,
+    lorenz=_lorenz,
+    heat=_heat,
+    decay=_decay,
+)
 
 
 def make_gradient(
@@ -170,33 +216,42 @@ def measure(
     num_steps: int,
     repeats: int,
 ) -> list[dict[str, Any]]:
+    """With `repeats=0`, runs nothing."""
     problem = PROBLEMS[problem_name]()
     inputs = (problem.params, problem.y0)
     methods = [(solver_name, adjoint_name) for adjoint_name in adjoint_names]
     if solver_name in STOCK:
         # What there is to be compared with: without being reversible.
         methods.insert(0, (STOCK[solver_name], REFERENCE))
+    elif solver_name in COUPLED and OURS in adjoint_names:
+        methods.append((COUPLED[solver_name], OURS))
     rows = []
     compiled = []
     for name, adjoint_name in methods:
-        true_grad = reference_gradient(problem, name, num_steps)
         solver, adjoint = SOLVERS[name](), ADJOINTS[adjoint_name]()
         start = time.perf_counter()
         fn = jax.jit(make_gradient(problem, solver, adjoint, num_steps))
         fn = fn.lower(*inputs).compile()
         compile_time = time.perf_counter() - start
         compiled.append(fn)
+        error = None
+        if repeats > 0:
+            true_grad = reference_gradient(problem, name, num_steps)
+            error = relative_error(fn(*inputs), true_grad)
         rows.append(
             dict(
                 problem=problem_name,
                 solver=name,
                 adjoint=adjoint_name,
                 steps=num_steps,
-                error=relative_error(fn(*inputs), true_grad),
+                dtype=str(problem.y0.dtype),
+                error=error,
                 temp_bytes=temp_bytes(fn),
                 compile_seconds=compile_time,
             )
         )
+    if repeats == 0:
+        return rows
     seconds: list[list[float]] = [[] for _ in compiled]
     for _ in range(repeats):
         for fn, times in zip(compiled, seconds, strict=True):
@@ -229,7 +284,6 @@ def provenance() -> dict[str, Any]:
         machine=platform.machine(),
         python=platform.python_version(),
         versions={name: importlib.metadata.version(name) for name in packages},
-        dtype="float32",
         date=time.strftime("%Y-%m-%d"),
     )
 
@@ -237,42 +291,49 @@ def provenance() -> dict[str, Any]:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--problem", choices=PROBLEMS, default="mlp")
-    parser.add_argument("--solver", choices=SOLVERS, default="UReversible(Tsit5)")
-    parser.add_argument("--adjoint", choices=ADJOINTS, nargs="+", default=DEFAULT)
+    parser.add_argument("--solver", choices=SOLVERS, default="Tsit5")
+    adjoints = [REFERENCE, OURS]
+    parser.add_argument("--adjoint", choices=ADJOINTS, nargs="+", default=adjoints)
     parser.add_argument("--steps", type=int, nargs="+", default=[100, 1000])
     parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--float64", action="store_true")
+    parser.add_argument("--compile-only", action="store_true", help="no more than that")
     output = pathlib.Path(__file__).parent / "output" / "gradient.jsonl"
     parser.add_argument("--output", type=pathlib.Path, default=output)
     parser.add_argument("--smoke", action="store_true", help="as little as will run")
     args = parser.parse_args()
+    if args.compile_only:
+        args.repeats = 0
     if args.smoke:
         args.steps, args.repeats = [50, 100], 1
-        args.problem, args.solver = "pendulum", "UReversible(Heun)"
+        args.problem, args.solver = "pendulum", "Heun"
         args.output = args.output.with_name("smoke.jsonl")
     return args
 
 
+def print_row(row: dict[str, Any]) -> None:
+    line = f"{row['solver']:19s} {row['adjoint']:27s} {row['steps']:7d} "
+    line += f"{row['temp_bytes'] / 2**20:7.2f} MiB {row['compile_seconds']:6.1f} s"
+    if "repeats" in row:
+        error = "fails" if row["error"] is None else f"{row['error']:.1e}"
+        line += f" {error:>9s} {1000 * row['seconds_median']:7.1f} ms"
+        line += f" {row['time_ratio']:6.2f}"
+    print(line, flush=True)
+
+
 def main() -> None:
     args = parse_args()
+    jax.config.update("jax_enable_x64", args.float64)
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    print(f"{args.problem}, float32")
+    print(f"{args.problem}, {'float64' if args.float64 else 'float32'}")
     print(
-        f"{'solver':19s} {'adjoint':27s} {'steps':>7s} {'error':>9s} "
-        f"{'memory':>11s} {'time':>10s} "
-        f"{'ratio':>6s} {'compile':>8s}"
+        f"{'solver':19s} {'adjoint':27s} {'steps':>7s} {'memory':>11s} "
+        f"{'compile':>8s} {'error':>9s} {'time':>10s} {'ratio':>6s}"
     )
     for num_steps in args.steps:
         rows = measure(args.problem, args.solver, args.adjoint, num_steps, args.repeats)
         for row in rows:
-            error = "fails" if row["error"] is None else f"{row['error']:.1e}"
-            print(
-                f"{row['solver']:19s} {row['adjoint']:27s} "
-                f"{row['steps']:7d} {error:>9s} "
-                f"{row['temp_bytes'] / 2**20:7.2f} MiB "
-                f"{1000 * row['seconds_median']:7.1f} ms "
-                f"{row['time_ratio']:6.2f} {row['compile_seconds']:6.1f} s",
-                flush=True,
-            )
+            print_row(row)
         with args.output.open("a") as file:
             for row in rows:
                 file.write(json.dumps(row | provenance()) + "\n")

@@ -53,10 +53,10 @@ def derivative(
     ratio = jnp.where(jnp.isfinite(ratio), ratio, 1)
 
     def _move(_x, _direction):
-        return _x + (ratio * _direction.astype(ratio.dtype)).astype(_x.dtype)
+        return _x + ratio.astype(_x.dtype) * _direction
 
     def _quotient(new, old):
-        return ((new - old).astype(ratio.dtype) / ratio).astype(old.dtype)
+        return (new - old) / ratio.astype(old.dtype)
 
     moved = fn(jtu.tree_map(_move, x, direction))
     return jtu.tree_map(_quotient, moved, value)

@@ -38,13 +38,7 @@ _SOLVERS = {
     },
     **{
         f"FixedPointReversible({cls.__name__})": diffrax.FixedPointReversible(cls())
-        for cls in (
-            diffrax.Euler,
-            diffrax.Heun,
-            diffrax.Bosh3,
-            diffrax.Tsit5,
-            diffrax.Dopri8,
-        )
+        for cls in (diffrax.Euler, diffrax.Tsit5)
     },
 }
 
