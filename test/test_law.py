@@ -104,8 +104,17 @@ def _forward_and_backward(solver, structure, key, steps, made_jump):
     return (y, dense_info, solver_state), out, y1
 
 
-@pytest.mark.parametrize("name", _SOLVERS)
-@pytest.mark.parametrize("dtype", (jnp.float32, jnp.float64))
+def _names_and_dtypes():
+    # Methods that are the same but for their number of stages.
+    slow = {f"UReversible({name})" for name in ("Midpoint", "Ralston", "Dopri5")}
+    slow |= {f"UReversible({name})" for name in ("Tsit5", "Dopri8")}
+    for name in _SOLVERS:
+        yield name, jnp.float64
+        marks = pytest.mark.slow if name in slow else ()
+        yield pytest.param(name, jnp.float32, marks=marks)
+
+
+@pytest.mark.parametrize("name, dtype", list(_names_and_dtypes()))
 @hypothesis.given(
     seed=st.integers(0, 2**31 - 1),
     start=st.floats(-5, 5),

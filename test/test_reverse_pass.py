@@ -1,5 +1,7 @@
 """Going back over a solve: what is stored, what is made again, and what it costs."""
 
+import itertools as it
+
 import diffrax
 import equinox as eqx
 import hypothesis
@@ -115,10 +117,14 @@ def _errors(out, expected):
     return jtu.tree_leaves(jtu.tree_map(error, out, expected))
 
 
-@pytest.mark.parametrize(
-    "rtol, batch", ((1e-3, True), (1e-6, False)), ids=("batch", "")
-)
-@pytest.mark.parametrize("name", _problems)
+def _hard_problems():
+    quick = {("Lorenz", 1e-3, True), ("decay", 1e-3, True)}
+    quick |= {("Van der Pol", 1e-6, False), ("heat", 1e-6, False)}
+    for case in it.product(_problems, (1e-3, 1e-6), (False, True)):
+        yield pytest.param(*case, marks=() if case in quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name, rtol, batch", list(_hard_problems()))
 def test_hard_problems(name, rtol, batch):
     # Going back over all of it at once is not possible for any of these.
     controller = diffrax.PIDController(rtol=rtol, atol=rtol * 1e-3)
@@ -297,12 +303,14 @@ def _count(adjoint, solver, num_steps, t1, scale):
 
 
 @pytest.mark.parametrize(
-    "solver, num_stages",
-    ((diffrax.Tsit5(), 6), (diffrax.Heun(), 2), (diffrax.Dopri8(), 13)),
-    ids=("Tsit5", "Heun", "Dopri8"),
-)
-@pytest.mark.parametrize(
-    "checkpoints, certificate", ((0, "cheap"), (0, "full"), (16, "cheap"))
+    "solver, num_stages, checkpoints, certificate",
+    (
+        (diffrax.Tsit5(), 6, 0, "cheap"),
+        (diffrax.Tsit5(), 6, 0, "full"),
+        (diffrax.Tsit5(), 6, 16, "cheap"),
+        (diffrax.Heun(), 2, 16, "cheap"),
+        (diffrax.Dopri8(), 13, 0, "full"),
+    ),
 )
 def test_least_cost(solver, num_stages, checkpoints, certificate):
     # Steps so small that the guess is right up to rounding.
