@@ -15,6 +15,10 @@ except ModuleNotFoundError as e:
     ) from None
 
 from ._adjoint import ReversibleAdjoint as ReversibleAdjoint
+from ._reversal_report import (
+    reversal_report as reversal_report,
+    ReversalReport as ReversalReport,
+)
 from ._solver import (
     AbstractReversibleSolver as AbstractReversibleSolver,
     FixedPointReversible as FixedPointReversible,

@@ -3,7 +3,7 @@ from typing import Any, cast
 
 import equinox as eqx
 import equinox.internal as eqxi
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from ._closed_solve import as_arrays, close_solve, set_y_and_solver_state
 from ._event import Event
@@ -147,6 +147,7 @@ class ReversibleAdjoint(AbstractAdjoint):
 
     checkpoints: int = 16
     certificate: str = "full"
+    on_failure: str = "raise"
 
     def __check_init__(self):
         name = type(self).__name__
@@ -156,11 +157,21 @@ class ReversibleAdjoint(AbstractAdjoint):
                 f"`checkpoints` in `{name}(checkpoints=...)` must be a non-negative "
                 f"integer, but got {self.checkpoints}."
             )
-        if self.certificate not in ("off", "cheap", "full"):
-            raise ValueError(
-                f"`certificate` in `{name}(certificate=...)` must be one of 'off', "
-                f"'cheap' or 'full', but got {self.certificate}."
-            )
+        for what, choices in (
+            ("certificate", ("off", "cheap", "full")),
+            ("on_failure", ("raise", "nan", "ignore")),
+        ):
+            value = getattr(self, what)
+            if value not in choices:
+                raise ValueError(
+                    f"`{what}` in `{name}({what}=...)` must be one of {choices}, but "
+                    f"got {value!r}."
+                )
+
+    def _trace(self, terms: PyTree[AbstractTerm]) -> Array | None:
+        """What to pass for `trace` to `reversible_loop`."""
+        del terms
+        return None
 
     def loop(
         self,
@@ -181,7 +192,7 @@ class ReversibleAdjoint(AbstractAdjoint):
         passed_controller_state,
         progress_meter,
     ) -> Any:
-        name = type(self).__name__
+        name = ReversibleAdjoint.__name__
         _check_supported(terms, saveat, event, name)
         reversal = _choose_reversal(solver, init_state.solver_state)
         if self.checkpoints == 0 and not reversal.can_step_back:
@@ -221,6 +232,9 @@ class ReversibleAdjoint(AbstractAdjoint):
             return self._unbounded_loop(
                 y, solver_state, args, terms, solver=solver, **kwargs
             )
+        on_failure = self.on_failure
+        if on_failure == "raise" and not throw:
+            on_failure = "nan"
         local, closed = close_solve(
             self._loop,
             y,
@@ -231,11 +245,11 @@ class ReversibleAdjoint(AbstractAdjoint):
             reversal=reversal,
             checkpoints=self.checkpoints,
             certificate=self.certificate,
-            throw=throw,
+            on_failure=on_failure,
             **kwargs,
         )
         final_state, aux_stats = reversible_loop(
-            (y, solver_state, args, terms, local), closed
+            (y, solver_state, args, terms, local, self._trace(terms)), closed
         )
         # From a custom derivative rule even integers have a tangent, if an empty one,
         # and not every primitive that comes later has a rule for that.
@@ -253,7 +267,7 @@ class ReversibleAdjoint(AbstractAdjoint):
             outer_while_loop=ft.partial(_outer_loop, kind="lax"),
             **kwargs,
         )
-        name = type(self).__name__
+        name = ReversibleAdjoint.__name__
         msg = (
             "Cannot differentiate `diffeqsolve(..., max_steps=None, "
             f"adjoint={name}())`: recording the times of the steps needs memory, the "

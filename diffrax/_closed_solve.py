@@ -57,7 +57,9 @@ class ClosedSolve(eqx.Module):
     - `reversal`: how steps are undone. (Not the instance, the methods of which are the
         above.)
     - `checkpoints`, `certificate`: as passed to the adjoint.
-    - `saveat`, `t0`, `t1`, `throw`: as passed to `diffeqsolve`.
+    - `saveat`, `t0`, `t1`: as passed to `diffeqsolve`.
+    - `on_failure`: what to do if there is no gradient to be had: `"raise"`, `"nan"` or
+        `"ignore"`.
     - `name`: what to call the adjoint in error messages.
     """
 
@@ -73,7 +75,7 @@ class ClosedSolve(eqx.Module):
     saveat: SaveAt
     t0: RealScalarLike
     t1: RealScalarLike
-    throw: bool
+    on_failure: str
     name: str
 
 
@@ -129,7 +131,7 @@ def close_solve(
     saveat: SaveAt,
     t0: RealScalarLike,
     t1: RealScalarLike,
-    throw: bool,
+    on_failure: str,
     **kwargs: Any,
 ) -> tuple[Callable, ClosedSolve]:
     """Prepares a solve for `reversible_loop`.
@@ -187,7 +189,7 @@ def close_solve(
         saveat=saveat,
         t0=t0,
         t1=t1,
-        throw=throw,
+        on_failure=on_failure,
         name=name,
     )
 

@@ -16,32 +16,35 @@ from jaxtyping import Array, PyTree
 
 from ._closed_solve import as_arrays, ClosedSolve
 from ._custom_types import BoolScalarLike, Y
+from ._drift_error import refuse_drift
 from ._invert_step import max_abs
-from ._reverse_pass import add, filter_inexact, Position, ReversePass, zeros_like
+from ._reverse_pass import ReversePass
+from ._reverse_step import add, filter_inexact, Position, ReverseStep, zeros_like
 from ._saveat import SaveAt
+from ._step_trace import StepTrace
 
 
-# Computes derivatives with respect to the first argument:
+# Computes derivatives with respect to the first argument, which is a tuple of:
 # - `y` and `solver_state`, at the start of the solve. (If `solver_state` came from
 #   `solver.init`, then JAX takes its gradient on to `y0`, `args` and `terms`.);
 # - `args`, corresponding to explicit parameters;
 # - `terms`, corresponding to implicit parameters as part of the vector field;
 # - `local`, corresponding to parameters that the vector field closes over.
 # There are none with respect to any of the times, nor the step size controller.
+# - `trace`, which is no input: its "cotangent" is what each step took to undo. `None`
+#   if nobody asks for that.
 @eqx.filter_custom_vjp
-def reversible_loop(y__solver_state__args__terms__local, closed: ClosedSolve):
+def reversible_loop(inputs, closed: ClosedSolve):
     """Solves a differential equation, and differentiates it by undoing each step."""
-    y, solver_state, args, terms, _ = y__solver_state__args__terms__local
+    y, solver_state, args, terms, *_ = inputs
     final_state, aux_stats, _, _ = closed.forward(y, solver_state, args, terms)
     return final_state, aux_stats
 
 
 @reversible_loop.def_fwd
-def _reversible_loop_fwd(
-    perturbed, y__solver_state__args__terms__local, closed: ClosedSolve
-):
+def _reversible_loop_fwd(perturbed, inputs, closed: ClosedSolve):
     del perturbed
-    y, solver_state, args, terms, _ = y__solver_state__args__terms__local
+    y, solver_state, args, terms, *_ = inputs
     final_state, aux_stats, record, stored = closed.forward(
         y, solver_state, args, terms
     )
@@ -63,20 +66,19 @@ def _reversible_loop_bwd(
     residuals,
     grad_final_state__aux_stats,
     perturbed,
-    y__solver_state__args__terms__local,
+    inputs,
     closed: ClosedSolve,
 ):
     residuals, grad_final_state__aux_stats, inputs = eqxi.nondifferentiable(
-        (residuals, grad_final_state__aux_stats, y__solver_state__args__terms__local),
+        (residuals, grad_final_state__aux_stats, inputs),
         msg=f"Cannot differentiate twice when using `adjoint={closed.name}()`. "
         "Consider using `adjoint=RecursiveCheckpointAdjoint()` instead.",
     )
     y1, solver_state1, num_steps, num_ts, num_saved, record, stored = residuals
     grad_final_state, _ = grad_final_state__aux_stats
-    y0, solver_state0, *params = inputs
-    _, _, *perturbed_params = perturbed
+    y0, solver_state0, *params, trace = inputs
+    _, _, *perturbed_params, _ = perturbed
     del residuals, grad_final_state__aux_stats, inputs, perturbed
-    del y__solver_state__args__terms__local
 
     # The cotangents of what was saved, each one or more rows of `grad_ys`:
     # `[t0, ts[0], ..., ts[num_ts - 1], t1]`, of which each may be missing.
@@ -95,7 +97,7 @@ def _reversible_loop_bwd(
     if not closed.reversal.has_state:
         last_step = record.read(num_steps - 1, num_steps)
         hint = closed.vf(terms, last_step.t1, y1, args)
-    reverse_pass = ReversePass(
+    step = ReverseStep(
         closed=closed,
         record=record,
         num_steps=num_steps,
@@ -114,14 +116,14 @@ def _reversible_loop_bwd(
         grad_solver_state=zeros_like(filter_inexact(solver_state1)),
         grads=zeros_like(diff_params),
         size=max_abs(filter_inexact(y1)),
-        error=reverse_pass.start_error(y1, hint),
+        error=step.start_error(y1, hint),
     )
-    start, work = reverse_pass.run(end, stored)
+    trace = StepTrace(None if trace is None else jnp.zeros_like(trace))
+    start, work, trace = ReversePass(step).run(end, stored, trace)
     grad_y0 = _pull_back_start(start.grad_y, grad_ys, saveat, closed.t0 == closed.t1)
     grads = (grad_y0, start.grad_solver_state, *start.grads)
-    # Half of the digits.
-    too_much = reverse_pass.tolerance() ** -0.25
-    return _refuse_drift(grads, work.missed > too_much, y1, closed)
+    grads = refuse_drift(grads, work, step, y1)
+    return *grads, trace.rows
 
 
 def _materialise_zeros(grad_ys: PyTree, y0: Y, saveat: SaveAt) -> PyTree:
@@ -180,29 +182,3 @@ def _refuse_other_outputs(grad_y1: Y, grad_final_state: Any, name: str) -> Y:
             )
             grad_y1 = eqx.error_if(grad_y1, jnp.any(x != 0), msg)
     return grad_y1
-
-
-def _refuse_drift(
-    grads: PyTree, has_drifted: BoolScalarLike, y1: Y, closed: ClosedSolve
-) -> PyTree:
-    """Returns `grads`. Raises an error at run time if `has_drifted`, or with
-    `throw=False` makes the gradients NaN."""
-    # A solve that failed has told so itself. Its gradients are not finite either.
-    for y in jtu.tree_leaves(filter_inexact(y1)):
-        has_drifted &= jnp.all(jnp.isfinite(y))
-    if closed.throw:
-        return eqx.error_if(
-            grads,
-            has_drifted,
-            f"Cannot compute the gradient using `adjoint={closed.name}("
-            f"checkpoints={closed.checkpoints})`: going back over the steps of the "
-            "solver did not lead to where it had started from, as too many rounding "
-            "errors have piled up. Consider storing some states (`checkpoints=16`), "
-            "making fewer steps, using float64, a solver that is stable for this "
-            "problem or, for `UReversible`, a `coupling_parameter` nearer to one; or "
-            "using `adjoint=RecursiveCheckpointAdjoint()` instead.",
-        )
-    return jtu.tree_map(
-        lambda g: jnp.where(has_drifted, jnp.nan, g) if eqx.is_inexact_array(g) else g,
-        grads,
-    )

@@ -108,6 +108,7 @@ def _names_and_dtypes():
     # Methods that are the same but for their number of stages.
     slow = {f"UReversible({name})" for name in ("Midpoint", "Ralston", "Dopri5")}
     slow |= {f"UReversible({name})" for name in ("Tsit5", "Dopri8")}
+    slow |= {"UReversible(Bosh3)", "HalfSolver(UReversible(Bosh3))"}
     for name in _SOLVERS:
         yield name, jnp.float64
         marks = pytest.mark.slow if name in slow else ()

@@ -1,0 +1,74 @@
+"""What becomes of a gradient that cannot be trusted."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, Int, PyTree
+
+from ._custom_types import RealScalarLike, Y
+from ._reverse_pass import Work
+from ._reverse_step import filter_inexact, ReverseStep
+
+
+def refuse_drift(grads: PyTree, work: Work, step: ReverseStep, y1: Y) -> PyTree:
+    """Returns `grads`. If the certificate has fewer than half of the digits: raises an
+    error at run time, or makes them NaN, or lets them pass."""
+    closed = step.closed
+    if closed.on_failure == "ignore":
+        return grads
+    has_drifted = work.missed > step.too_much()
+    # A solve that failed has told so itself. Its gradients are not finite either.
+    for y in jtu.tree_leaves(filter_inexact(y1)):
+        has_drifted &= jnp.all(jnp.isfinite(y))
+    if closed.on_failure == "raise":
+        at = step.record.read(work.lost, step.num_steps).t0
+        fraction = (at - closed.t0) / (closed.t1 - closed.t0)
+        index = _Messages.choose(work.missed * step.tolerance(), fraction)
+        messages = _Messages(closed.name, closed.checkpoints)
+        return eqx.internal.branched_error_if(grads, has_drifted, index, messages)
+    return jtu.tree_map(
+        lambda g: jnp.where(has_drifted, jnp.nan, g) if eqx.is_inexact_array(g) else g,
+        grads,
+    )
+
+
+@dataclass(frozen=True)
+class _Messages(Sequence):
+    """An error message for each number that `choose` returns. (The message of an error
+    at run time has to be chosen by an integer.)"""
+
+    name: str
+    checkpoints: int
+
+    @staticmethod
+    def choose(missed: RealScalarLike, fraction: RealScalarLike) -> Int[Array, ""]:
+        """The larger, the more is `missed`: in a batch it is the largest that is
+        chosen."""
+        # Tenths of a power of ten: -200 to 200. NaN and infinity are the largest.
+        size = jnp.round(10 * jnp.log10(missed))
+        size = jnp.where(jnp.isfinite(size), jnp.clip(size, -200, 199), 200)
+        percent = jnp.clip(jnp.round(100 * fraction), 0, 100)
+        return 101 * (size + 200).astype(int) + percent.astype(int)
+
+    def __len__(self) -> int:
+        return 401 * 101
+
+    def __getitem__(self, index):
+        size, percent = divmod(index, 101)
+        missed = math.inf if size == 400 else 10 ** (size / 10 - 20)
+        return (
+            f"Cannot compute the gradient using `adjoint={self.name}(checkpoints="
+            f"{self.checkpoints})`: going back over the steps of the solver did not "
+            f"lead to where it had started from, by a relative error of {missed:.0e}, "
+            f"{percent}% of the way from `t0` to `t1`, as too many rounding errors "
+            f"have piled up. Consider storing some states (`adjoint={self.name}()`), "
+            "making fewer steps, using float64, a solver that is stable for this "
+            "problem or, for `UReversible`, a `coupling_parameter` nearer to one; or using "
+            '`adjoint=RecursiveCheckpointAdjoint()` instead. (`on_failure="nan"` '
+            "makes only the gradients of those members of a batch NaN that are "
+            "concerned.)"
+        )

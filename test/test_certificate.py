@@ -1,0 +1,232 @@
+"""The certificate: whether it tells the truth, and whether it is told."""
+
+import importlib.util
+import pathlib
+import sys
+from typing import Any
+
+import diffrax
+import equinox as eqx
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+import numpy as np
+import pytest
+
+
+def _load_benchmark() -> Any:
+    path = pathlib.Path(__file__).parents[1] / "benchmarks" / "certificate.py"
+    spec = importlib.util.spec_from_file_location("certificate", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+_benchmark = _load_benchmark()
+
+
+def _measure(problem, *steps, **kwargs):
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        return list(_benchmark.measure(_benchmark.Case(problem, steps, **kwargs)))
+
+
+@pytest.mark.parametrize(
+    "problem, num_steps",
+    (("hump", 300), pytest.param("wiggle", 300, marks=pytest.mark.slow)),
+)
+def test_misleading_problems(problem, num_steps):
+    # The drift is within what is tolerated, and the gradient is not.
+    (row,) = _measure(problem, num_steps, checkpoints=0, certificate="cheap")
+    assert _benchmark.is_trusted(row) and not _benchmark.is_right(row)
+    # The rest of the certificate tells.
+    (row,) = _measure(problem, num_steps, checkpoints=0)
+    assert not _benchmark.is_trusted(row)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpoints", (0, 16))
+@pytest.mark.parametrize("dtype", ("float64", "float32"))
+@pytest.mark.parametrize("problem", ("decay", "heat", "hump", "wiggle", "small_leaf"))
+def test_trusted_is_right(problem, dtype, checkpoints):
+    with jax.enable_x64(dtype == "float64"):
+        rows = _measure(problem, 100, 1000, dtype=dtype, checkpoints=checkpoints)
+    for row in rows:
+        assert not row["failed"]
+        assert checkpoints == 0 or _benchmark.is_trusted(row)
+        assert _benchmark.is_right(row) or not _benchmark.is_trusted(row)
+
+
+#
+# Whatever the vector field
+#
+
+
+@jax.jit
+def _random_errors(key, rate, dt0):
+    """The relative errors of gradients, for an equation with leaves of very different
+    scales that contracts at some rate."""
+    weights = jr.normal(key, (4, 4)) / 2
+
+    def field(t, y, weights):
+        both = jnp.concatenate([y["a"], 1e9 * y["b"]])
+        out = jnp.sin(t) + jnp.tanh(weights @ both) - rate * both
+        return {"a": out[:2], "b": 1e-9 * out[2:]}
+
+    def grad(adjoint):
+        def loss(params):
+            y0, weights = params
+            sol = diffrax.diffeqsolve(
+                diffrax.ODETerm(field),
+                diffrax.Heun(),
+                0.0,
+                1.0,
+                dt0,
+                y0,
+                weights,
+                adjoint=adjoint,
+                max_steps=1024,
+                throw=False,
+            )
+            assert sol.ys is not None
+            return jnp.sum(sol.ys["a"] ** 2) + 1e18 * jnp.sum(sol.ys["b"] ** 2)
+
+        y0 = {"a": jnp.array([1.0, -1.0]), "b": jnp.array([1e-9, 2e-9])}
+        return jax.grad(loss)((y0, weights))
+
+    def error(adjoint):
+        pairs = zip(jtu.tree_leaves(grad(adjoint)), jtu.tree_leaves(expected))
+        norm = jnp.linalg.norm
+        return jnp.max(jnp.stack([norm(x - y) / norm(y) for x, y in pairs]))
+
+    expected = grad(diffrax.RecursiveCheckpointAdjoint())
+    adjoint = diffrax.ReversibleAdjoint
+    # With nothing made again, so that what is stored is all the difference.
+    without, with_ = error(adjoint(0, "off", "ignore")), error(adjoint(8, "off"))
+    return without, with_, error(adjoint(3)), error(adjoint(0, on_failure="nan"))
+
+
+@hypothesis.given(
+    seed=st.integers(0, 2**31 - 1),
+    rate=st.floats(0.0, 60.0),
+    num_steps=st.integers(1, 1000),
+)
+@hypothesis.settings(
+    deadline=None,
+    max_examples=60,
+    derandomize=True,
+    phases=(hypothesis.Phase.explicit, hypothesis.Phase.generate),
+)
+def test_right_or_refused(seed, rate, num_steps):
+    # For some of these the steps are so large that the solve itself is unstable.
+    without, with_, refined, certified = _random_errors(
+        jr.key(seed), jnp.array(rate), jnp.array(1 / num_steps)
+    )
+    # Refinement ends, and what comes of it is right.
+    assert refined <= 1e-10
+    # Without stored states: right, or refused.
+    assert certified <= 1e-7 or jnp.isnan(certified)
+    # Returning to states that were stored does no harm.
+    assert with_ <= 2 * without or with_ <= 1e-12 or jnp.isnan(without)
+
+
+#
+# The report
+#
+
+
+def _loss(adjoint, y0, args, **kwargs):
+    arguments: dict[str, Any] = dict(
+        terms=diffrax.ODETerm(lambda t, y, args: args * jnp.sin(y) * jnp.cos(t)),
+        solver=diffrax.Heun(),
+        t0=1.0,
+        t1=2.0,
+        dt0=0.02,
+        y0=y0,
+        args=args,
+        adjoint=adjoint,
+        max_steps=64,
+    )
+    sol = diffrax.diffeqsolve(**(arguments | kwargs))
+    assert sol.ys is not None
+    return jnp.sum(sol.ys**2)
+
+
+_y0 = jnp.array([1.0, 2.0])
+
+
+@pytest.mark.parametrize("checkpoints, t1", ((0, 2.0), (3, 2.0), (3, 0.0)))
+def test_report(checkpoints, t1):
+    adjoint = diffrax.ReversibleAdjoint(checkpoints)
+    dt0 = 0.02 * np.sign(t1 - 1.0)
+    loss = lambda *args: _loss(*args, t1=t1, dt0=dt0)
+    report = eqx.filter_jit(diffrax.reversal_report)(
+        loss, _y0, jnp.array(1.5), adjoint=adjoint
+    )
+    fn = jax.value_and_grad(loss, argnums=(1, 2))
+    value, grads = jax.jit(lambda *args: fn(adjoint, *args))(_y0, jnp.array(1.5))
+    assert report.value == value
+    for x, y in zip(report.grads, grads, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-13)
+
+    n = 50
+    assert report.num_steps == n
+    assert report.tolerance == np.finfo(np.float64).eps ** (2 / 3)
+    assert 0 < report.certificate <= report.tolerance
+    steps = jtu.tree_map(lambda x: x[:n], eqx.filter(report, lambda x: jnp.ndim(x) > 0))
+    np.testing.assert_allclose(steps.t0, 1 + dt0 * np.arange(n), rtol=1e-14)
+    np.testing.assert_allclose(steps.t1[:-1], steps.t0[1:], rtol=0)
+    assert steps.t1[-1] == t1
+    # Each step starts from a known state or is found to start somewhere, or both: the
+    # last one of a long segment.
+    known, undone = ~jnp.isnan(steps.drift), ~jnp.isnan(steps.residual)
+    assert jnp.all(known | undone)
+    assert bool(known[0])
+    compared = ~jnp.isnan(steps.cotangents)
+    assert jnp.all(compared == (known & undone)) and jnp.any(compared)
+    assert jnp.all(undone == ~jnp.isnan(steps.rounding))
+    if checkpoints == 0:
+        assert jnp.sum(known) == 1
+        assert jnp.sum(steps.replays) == 0
+    # What is beyond the last step is empty.
+    assert jnp.all(jnp.isnan(report.t0[n:]) & jnp.isnan(report.drift[n:]))
+    assert not jnp.any(report.corrections[n:]) and not jnp.any(report.replays[n:])
+
+
+def test_report_of_a_batch():
+    adjoint = diffrax.ReversibleAdjoint(3)
+    report = lambda y0: diffrax.reversal_report(
+        lambda adjoint, y0: _loss(adjoint, y0, jnp.array(1.5)), y0, adjoint=adjoint
+    )
+    batch = jax.jit(jax.vmap(report))(jnp.stack([_y0, 2 * _y0]))
+    one = jax.jit(report)(2 * _y0)
+    np.testing.assert_allclose(batch.grads[0][1], one.grads[0], rtol=1e-13)
+    np.testing.assert_array_equal(batch.num_steps, 50)
+    np.testing.assert_allclose(batch.t0[1], one.t0)
+    np.testing.assert_array_equal(batch.replays[1] > 0, one.replays > 0)
+
+
+@pytest.mark.parametrize(
+    "loss, match",
+    (
+        (lambda adjoint: jnp.array(1.0), "0 times"),
+        (lambda adjoint: sum(_loss(adjoint, _y0, x) for x in (1.0, 2.0)), "2 times"),
+        (lambda adjoint: _loss(adjoint, _y0, 1.0, max_steps=None), "max_steps=None"),
+    ),
+)
+def test_report_is_refused(loss, match):
+    with pytest.raises(ValueError, match=match):
+        diffrax.reversal_report(loss)
+
+
+def test_report_of_a_batch_within_is_refused():
+    def loss(adjoint):
+        y0s = jnp.stack([_y0, _y0])
+        return jnp.sum(jax.vmap(lambda y0: _loss(adjoint, y0, 1.0))(y0s))
+
+    with pytest.raises(Exception, match="inside of `jax.vmap`"):
+        eqx.filter_jit(diffrax.reversal_report)(loss)
