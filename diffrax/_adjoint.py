@@ -195,13 +195,8 @@ class ReversibleAdjoint(AbstractAdjoint):
         name = ReversibleAdjoint.__name__
         _check_supported(terms, saveat, event, name)
         reversal = _choose_reversal(solver, init_state.solver_state)
-        if self.checkpoints == 0 and not reversal.can_step_back:
-            solver_name = type(solver).__name__
-            raise ValueError(
-                f"Cannot use `adjoint={name}(checkpoints=0)` with `solver={solver_name}"
-                "(...)`, the steps of which cannot be undone. Consider using "
-                f"`adjoint={name}()`, which stores states."
-            )
+        if self.checkpoints == 0:
+            _check_can_step_back(reversal, name)
         y, solver_state, args, terms = reverse_mode_only(
             (init_state.y, as_arrays(init_state.solver_state), args, terms),
             f"Cannot use forward-mode autodifferentiation with `adjoint={name}()`. "
@@ -343,6 +338,16 @@ def _check_supported(
         f"Cannot use `adjoint={name}()` with `{refused}`. Consider using "
         "`adjoint=RecursiveCheckpointAdjoint()` instead."
     )
+
+
+def _check_can_step_back(reversal: AbstractReversal, name: str) -> None:
+    if not reversal.can_step_back:
+        solver_name = type(reversal.solver).__name__
+        raise ValueError(
+            f"Cannot use `adjoint={name}(checkpoints=0)` with `solver={solver_name}"
+            "(...)`, the steps of which cannot be undone. Consider using "
+            f"`adjoint={name}()`, which stores states."
+        )
 
 
 def _has_steps_without_gradient(controller: AbstractStepSizeController) -> bool:

@@ -67,8 +67,8 @@ class _Messages(Sequence):
             f"{percent}% of the way from `t0` to `t1`, as too many rounding errors "
             f"have piled up. Consider storing some states (`adjoint={self.name}()`), "
             "making fewer steps, using float64, a solver that is stable for this "
-            "problem or, for `UReversible`, a `coupling_parameter` nearer to one; or using "
-            '`adjoint=RecursiveCheckpointAdjoint()` instead. (`on_failure="nan"` '
+            "problem or, for `UReversible`, a `coupling_parameter` nearer to one; or "
+            'using `adjoint=RecursiveCheckpointAdjoint()` instead. (`on_failure="nan"` '
             "makes only the gradients of those members of a batch NaN that are "
             "concerned.)"
         )

@@ -102,6 +102,22 @@ class _Iteration(eqx.Module):
     done: Bool[Array, ""]
 
 
+def _start(y1: Y, outputs: list[Array]) -> _Iteration:
+    infinity = jnp.array(jnp.inf, jnp.result_type(float))
+    return _Iteration(
+        index=jnp.array(0),
+        y0=y1,
+        outputs=outputs,
+        target=y1,
+        error=infinity,
+        best_error=infinity,
+        best_y0=y1,
+        stalled=jnp.array(0),
+        at_best=jnp.array(False),
+        done=jnp.array(False),
+    )
+
+
 class InvertedStep(eqx.Module):
     """What `invert_step` found.
 
@@ -216,23 +232,7 @@ def invert_step(
             done=jnp.asarray(done),
         )
 
-    infinity = jnp.array(jnp.inf, jnp.result_type(float))
-    val = eqxi.while_loop(
-        lambda val: ~val.done,
-        body_fun,
-        _Iteration(
-            index=jnp.array(0),
-            y0=y1,
-            outputs=[jnp.zeros(x.shape, x.dtype) for x in traced.struct],
-            target=y1,
-            error=infinity,
-            best_error=infinity,
-            best_y0=y1,
-            stalled=jnp.array(0),
-            at_best=jnp.array(False),
-            done=jnp.array(False),
-        ),
-        kind="lax",
-    )
+    start = _start(y1, [jnp.zeros(x.shape, x.dtype) for x in traced.struct])
+    val = eqxi.while_loop(lambda val: ~val.done, body_fun, start, kind="lax")
     _, aux = traced.complete(val.outputs)
     return InvertedStep(val.y0, val.target, aux, val.error, val.index - 1)

@@ -128,6 +128,12 @@ def reversal_report(
 
     trace = jnp.zeros((max_steps, len(columns)))
     value, (rows, grads) = value_and_grad((trace, args))
+    return _report(rows, tolerance, value, grads)
+
+
+def _report(
+    rows: Array, tolerance: float, value: Array, grads: tuple[PyTree, ...]
+) -> ReversalReport:
     of = dict(zip(columns, rows.T))
     is_step = eqx.error_if(
         of["count"] == 1,

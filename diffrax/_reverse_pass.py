@@ -159,27 +159,28 @@ class ReversePass(eqx.Module):
                 trace=trace,
             )
 
-        position = eqx.tree_at(
-            lambda p: p.error,
-            position,
-            self.step.start_error(position.y, position.hint),
-            is_leaf=lambda x: x is None,
-        )
-        val = Segment(
-            position=position,
-            missed=jnp.zeros((), jnp.result_type(float)),
-            lost=position.index,
-            corrections=jnp.array(0),
-            tried=jnp.array(False),
-            tried_grad_y=position.grad_y,
-            trace=trace,
-        )
+        val = self._start(position, trace)
         return eqxi.while_loop(
             cond_fun,
             body_fun,
             val,
             buffers=lambda val: val.trace.buffers,
             kind="lax",
+        )
+
+    def _start(self, position: Position, trace: StepTrace) -> Segment:
+        # Here the state is known.
+        error = self.step.start_error(position.y, position.hint)
+        return Segment(
+            position=eqx.tree_at(
+                lambda p: p.error, position, error, is_leaf=lambda x: x is None
+            ),
+            missed=jnp.zeros((), jnp.result_type(float)),
+            lost=position.index,
+            corrections=jnp.array(0),
+            tried=jnp.array(False),
+            tried_grad_y=position.grad_y,
+            trace=trace,
         )
 
     def replay(
