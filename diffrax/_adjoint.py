@@ -101,7 +101,7 @@ class ReversibleAdjoint(AbstractAdjoint):
     back would have it start (which shows whether the gradient is more sensitive than
     the state). Each leaf of `y` counts for itself, relative to how large it has become.
     What is tolerated is the machine epsilon to the power of 2/3: two thirds of the
-    digits are right.
+    digits are right. [`diffrax.reversal_report`][] returns all of these numbers.
 
     Gradients are computed with respect to `y0`, `args`, `terms`, `solver_state` (if
     passed), and whatever the vector field closes over, through `SaveAt(t0=..., t1=...,
@@ -117,7 +117,7 @@ class ReversibleAdjoint(AbstractAdjoint):
         [`diffrax.RecursiveCheckpointAdjoint`][] computes the same gradient at the same
         cost or less. With `checkpoints=0` nothing can be made again: if the certificate
         has fewer than half of the digits, then there is an error in place of a
-        gradient, or with `throw=False` one that is NaN.
+        gradient. (See `on_failure`.)
 
     !!! info
 
@@ -284,6 +284,11 @@ ReversibleAdjoint.__init__.__doc__ = """**Arguments:**
     it, and gradients may be wrong. The full one takes two evaluations of the vector
     field for each step that is undone numerically, or undoing each step a second time;
     and one step more for each segment.
+- `on_failure`: What to do with a gradient that has fewer than half of its digits
+    according to the certificate, which may happen only with `checkpoints=0`: `"raise"`
+    an error (with `diffeqsolve(..., throw=False)` this is as `"nan"`); `"nan"`, to make
+    it NaN, under `jax.vmap` for those members of the batch alone that are concerned
+    (but what is shared by the whole batch has a single gradient); or `"ignore"`.
 
 **Raises:**
 

@@ -54,7 +54,7 @@ def plot(report: diffrax.ReversalReport, path: pathlib.Path) -> None:
         errors.semilogy(report.t0, jnp.clip(error, 1e-18, 1e18), ".", label=name)
     errors.axhline(report.tolerance, color="gray", linewidth=0.8, label="tolerance")
     errors.set_ylabel("relative error")
-    errors.legend(loc="lower right", ncols=3)
+    errors.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=5)
     work.plot(report.t0, report.corrections, ".", label="corrections")
     work.plot(report.t0, report.replays, ".", label="made again")
     work.set_ylabel("times")
