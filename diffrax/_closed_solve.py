@@ -18,6 +18,7 @@ import jax.tree_util as jtu
 from jaxtyping import PyTree
 
 from ._custom_types import Args, RealScalarLike, Y
+from ._known_controls import Asked, evaluate_controls, know_controls, listen
 from ._reversal import AbstractReversal
 from ._saveat import SaveAt
 from ._step_record import may_jump, Step, StepRecord
@@ -39,6 +40,19 @@ def as_arrays(tree: PyTree) -> PyTree:
     return jtu.tree_map(_as_array, tree)
 
 
+class LocalSolve(eqx.Module):
+    """What is differentiated.
+
+    - `step`: makes one step; a function of `(terms, step, y0, args, solver_state,
+        has_output)` that returns `(y1, dense_info, solver_state, hint)`.
+    - `controls`: a function of `(terms, step)`, which is what `step.controls` is to be.
+        `None` if that is to be `None`.
+    """
+
+    step: Callable
+    controls: Callable | None
+
+
 class ClosedSolve(eqx.Module):
     """A solve, and the parts of it that are needed for going back over it.
 
@@ -46,12 +60,14 @@ class ClosedSolve(eqx.Module):
         that returns `(final_state, aux_stats, record, stored)`.
     - `replay`: makes one step; a function of `(terms, step, y0, args, solver_state)`
         that returns `(y1, solver_state)`.
-    - `step_back`: undoes one step; a function of `(terms, step, y1, args, hint)` that
-        returns `(y0, solver_state)`. `None` if there is no such thing.
+    - `step_back`: undoes one step, the controls of which are known; a function of
+        `(terms, step, y1, args, hint)` that returns `(y0, solver_state)`. `None` if
+        there is no such thing.
     - `vf`: a function of `(terms, t, y, args)`, which is the `hint` for a step that
         ends at `(t, y)` if that is not the solver state.
     - `increment`: a function of `(terms, step, args, hint)`, which is the product of
-        `vf` and the control of a step. `None` if there is no such thing.
+        `vf` and the control of a step, which is known. `None` if there is no such
+        thing.
     - `interpolate`: the solution inside of one step; a function of `(dense_info, step,
         t)`.
     - `reversal`: how steps are undone. (Not the instance, the methods of which are the
@@ -88,30 +104,85 @@ def set_y_and_solver_state(state: Any, y: Y, solver_state: PyTree) -> Any:
     )
 
 
-def _replay(reversal, terms, step, y0, args, solver_state):
+# In what follows, `solve` is a pair: how steps are undone, and which controls the
+# solver asks for.
+_Solve = tuple[AbstractReversal, Asked | None]
+
+
+def _replay(solve: _Solve, terms, step, y0, args, solver_state):
+    reversal, _ = solve
     y1, _, solver_state = reversal.replay(terms, step, y0, args, solver_state)
     return as_arrays((y1, solver_state))
 
 
-def _step(reversal, terms, step, y0, args, solver_state, has_output):
+def _step(solve: _Solve, terms, step, y0, args, solver_state, has_output):
+    reversal, _ = solve
+    terms = _with_controls(solve, terms, step)
     return as_arrays(reversal.step(terms, step, y0, args, solver_state, has_output))
 
 
-def _step_back(reversal, terms, step, y1, args, hint):
+def _step_back(solve: _Solve, terms, step, y1, args, hint):
+    reversal, _ = solve
+    terms = _with_controls(solve, terms, step)
     return as_arrays(reversal.step_back(terms, step, y1, args, hint))
 
 
-def _vf(reversal, terms, t, y, args):
+def _vf(solve: _Solve, terms, t, y, args):
+    reversal, _ = solve
     return as_arrays(reversal.vf(terms, t, y, args))
 
 
-def _increment(reversal, terms, step, args, vf):
+def _increment(solve: _Solve, terms, step, args, vf):
+    reversal, _ = solve
+    terms = _with_controls(solve, terms, step)
     return as_arrays(reversal.increment(terms, step, args, vf))
 
 
-def _interpolate(reversal, dense_info, step, t):
+def _interpolate(solve: _Solve, dense_info, step, t):
+    reversal, _ = solve
     interpolation_cls = reversal.solver.interpolation_cls
     return interpolation_cls(t0=step.t0, t1=step.t1, **dense_info).evaluate(t)
+
+
+def _controls(solve: _Solve, terms, step):
+    _, asked = solve
+    assert asked is not None
+    return as_arrays(evaluate_controls(asked, terms, step.t0, step.t1))
+
+
+def _with_controls(solve: _Solve, terms, step):
+    _, asked = solve
+    if asked is None:
+        return terms
+    return know_controls(asked, terms, step.controls)
+
+
+def _listen(
+    reversal: AbstractReversal,
+    terms: PyTree[AbstractTerm],
+    step: Step,
+    y: Y,
+    args: Args,
+    solver_state: PyTree,
+) -> Asked | None:
+    """Which controls making and undoing a step ask for. `None` if there is nothing to
+    be gained by knowing them."""
+    if not reversal.knows_controls:
+        return None
+    asked: list[Asked | None] = []
+
+    def make_and_undo(terms, step, y, args, solver_state):
+        def fn(terms):
+            y1, _, _, hint = reversal.step(
+                terms, step, y, args, solver_state, jnp.array(True)
+            )
+            reversal.step_back(terms, step, y1, args, hint)
+
+        asked.append(listen(fn, terms, step.t0, step.t1))
+
+    eqx.filter_eval_shape(make_and_undo, terms, step, y, args, solver_state)
+    [out] = asked
+    return out if out is not None and any(out) else None
 
 
 def close_solve(
@@ -133,7 +204,7 @@ def close_solve(
     t1: RealScalarLike,
     on_failure: str,
     **kwargs: Any,
-) -> tuple[Callable, ClosedSolve]:
+) -> tuple[LocalSolve, ClosedSolve]:
     """Prepares a solve for `reversible_loop`.
 
     The arguments are those of [`diffrax.AbstractAdjoint.loop`][]. In addition, `loop`
@@ -141,9 +212,7 @@ def close_solve(
     `checkpoints` and `certificate` are those of its adjoint, and `name` is what to call
     that in error messages.
 
-    Returns a function `local` and the solve. The former makes one step; it is a
-    function of `(terms, step, y0, args, solver_state, has_output)` that returns `(y1,
-    dense_info, solver_state, hint)`. This is what is differentiated.
+    Returns what is differentiated, and the solve.
     """
     jumps = init_state.made_jump is not False or may_jump(stepsize_controller)
     recorded = reversal.record_state(solver_state)
@@ -202,28 +271,38 @@ def _close_parts(
     y: Y,
     args: Args,
     solver_state: PyTree,
-) -> tuple[Callable, dict[str, Any]]:
+) -> tuple[LocalSolve, dict[str, Any]]:
     """Returns `local`, and the other functions of a single step."""
+    solve = reversal, _listen(reversal, terms, step, y, args, solver_state)
 
     def convert(fn, *args):
         converted: Any = eqx.filter_closure_convert
-        return converted(ft.partial(fn, reversal), *args)
+        return converted(ft.partial(fn, solve), *args)
 
     def close(fn, *args):
         return _without_gradient(convert(fn, *args), _ids(local), name)
 
-    step_args = terms, step, y, args, solver_state
+    controls, with_controls = None, step
+    if solve[1] is not None:
+        controls = convert(_controls, terms, step)
+        with_controls = eqx.tree_at(
+            lambda s: s.controls,
+            step,
+            eqx.filter_eval_shape(controls, terms, step),
+            is_leaf=lambda x: x is None,
+        )
+    step_args = terms, with_controls, y, args, solver_state
     has_output = jnp.array(True)
-    local = convert(_step, *step_args, has_output)
-    _, dense_info, _, hint = eqx.filter_eval_shape(local, *step_args, has_output)
+    local = LocalSolve(convert(_step, *step_args, has_output), controls)
+    _, dense_info, _, hint = eqx.filter_eval_shape(local.step, *step_args, has_output)
     step_back = increment = None
     if reversal.can_step_back:
-        step_back = close(_step_back, terms, step, y, args, hint)
+        step_back = close(_step_back, terms, with_controls, y, args, hint)
     if not reversal.has_state and hint is not None:
-        increment = close(_increment, terms, step, args, hint)
-    interpolate = convert(_interpolate, dense_info, step, step.t0)
+        increment = close(_increment, terms, with_controls, args, hint)
+    interpolate = convert(_interpolate, dense_info, with_controls, step.t0)
     return local, dict(
-        replay=close(_replay, *step_args),
+        replay=close(_replay, terms, step, y, args, solver_state),
         step_back=step_back,
         vf=close(_vf, terms, step.t1, y, args),
         increment=increment,
@@ -231,10 +310,11 @@ def _close_parts(
     )
 
 
-def _ids(closed: Any) -> set[int]:
-    """Of everything that a function closes over. `local` is what passes on the gradient
-    with respect to that. Nothing else does."""
-    return {id(x) for x in closed.consts}
+def _ids(local: LocalSolve) -> set[int]:
+    """Of everything that these functions close over. They are what passes on the
+    gradient with respect to that. Nothing else does."""
+    closed: list[Any] = [local.step, local.controls]
+    return {id(x) for fn in closed if fn is not None for x in fn.consts}
 
 
 def _without_gradient(closed: Any, has_gradient: set[int], name: str) -> Any:

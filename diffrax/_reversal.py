@@ -29,6 +29,8 @@ class AbstractReversal(eqx.Module):
     has_state: eqx.AbstractClassVar[bool]
     # Whether undoing a step takes iteration: then `step_back` is no more than a guess.
     iterates: eqx.AbstractClassVar[bool]
+    # Whether the solver takes terms that know their controls.
+    knows_controls: eqx.AbstractClassVar[bool]
     # Whether there is a `step_back`. If not then every step is made from a known state.
     can_step_back: eqx.AbstractClassVar[bool]
 
@@ -97,6 +99,7 @@ class AlgebraicReversal(AbstractReversal):
     has_state: ClassVar[bool] = True
     iterates: ClassVar[bool] = False
     can_step_back: ClassVar[bool] = True
+    knows_controls: ClassVar[bool] = False
 
     def record_state(self, solver_state):
         return self.solver.record_state(solver_state)
@@ -123,6 +126,7 @@ class NumericalReversal(AbstractReversal):
     has_state: ClassVar[bool] = False
     iterates: ClassVar[bool] = True
     can_step_back: ClassVar[bool] = True
+    knows_controls: ClassVar[bool] = True
 
     def vf(self, terms, t, y, args):
         return UnrolledSolver(self.solver).vf(terms, t, y, args)
@@ -166,6 +170,7 @@ class NoReversal(AbstractReversal):
     has_state: ClassVar[bool] = True
     iterates: ClassVar[bool] = False
     can_step_back: ClassVar[bool] = False
+    knows_controls: ClassVar[bool] = False
 
     def step(self, terms, step, y0, args, solver_state, has_output):
         del has_output

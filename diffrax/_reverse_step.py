@@ -2,11 +2,13 @@
 and pulling the cotangents back through it."""
 
 import functools as ft
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
 import equinox.internal as eqxi
 import jax
+import jax.extend as jex
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -99,9 +101,13 @@ class ReverseStep(eqx.Module):
         cotangents; the step; and the number of corrections that were made."""
         closed = self.closed
         index = position.index - 1
-        step = self.record.read(index, self.num_steps)
+        step, pull_back_controls = self._know_controls(
+            self.record.read(index, self.num_steps)
+        )
         has_output = self._has_output(position, step)
-        linearise = ft.partial(self._linearise, step, has_output)
+        linearise = ft.partial(
+            self._linearise, step, has_output, pull_back_controls is not None
+        )
         undone = state0
         corrections = jnp.array(0)
 
@@ -148,7 +154,7 @@ class ReverseStep(eqx.Module):
                 error[0], zeros_like(error[0]), size, self.tolerance()
             )
             signals = eqx.tree_at(lambda s: s.rounding, signals, grown)
-        position = self._pull_back(position, step, y0, aux)
+        position = self._pull_back(position, step, y0, aux, pull_back_controls)
         position = eqx.tree_at(
             lambda p: (p.size, p.error),
             position,
@@ -156,6 +162,26 @@ class ReverseStep(eqx.Module):
             is_leaf=lambda x: x is None,
         )
         return position, signals, step, corrections
+
+    def _know_controls(self, step: Step) -> tuple[Step, Callable | None]:
+        """The step with its controls; and what pulls back their cotangents onto the
+        parameters, if they depend on any."""
+
+        def fn(_diff_params):
+            _, _terms, _local = eqx.combine(_diff_params, self.nondiff_params)
+            return _local.controls(_terms, step)
+
+        *_, local = self.params
+        if local.controls is None:
+            return step, None
+        if _depends(fn, self.diff_params):
+            controls, pull_back = eqx.filter_vjp(fn, self.diff_params)
+        else:
+            controls, pull_back = fn(self.diff_params), None
+        step = eqx.tree_at(
+            lambda s: s.controls, step, controls, is_leaf=lambda x: x is None
+        )
+        return step, pull_back
 
     def _step_back(self, step: Step, y1: Y, hint: PyTree) -> tuple[Y, PyTree]:
         args, terms, _ = self.params
@@ -213,7 +239,12 @@ class ReverseStep(eqx.Module):
         return y0
 
     def _linearise(
-        self, step: Step, has_output: BoolScalarLike, y0: Y, solver_state0: PyTree
+        self,
+        step: Step,
+        has_output: BoolScalarLike,
+        has_grad_controls: bool,
+        y0: Y,
+        solver_state0: PyTree,
     ) -> tuple[Y, PyTree]:
         """Makes a step. Returns `y1`, and all that is needed in order to pull back
         cotangents through it."""
@@ -221,12 +252,19 @@ class ReverseStep(eqx.Module):
             (y0, solver_state0), eqx.is_inexact_array
         )
         no_output = self.closed.saveat.subs.ts is None
+        controls = filter_inexact(step.controls) if has_grad_controls else None
 
-        def _local(_diff_state, _params):
+        def _local(_diff_state, _params, _controls):
             _y0, _solver_state0 = eqx.combine(_diff_state, nondiff_state)
             _args, _terms, _closed = eqx.combine(_params, self.nondiff_params)
-            y1, dense_info, solver_state1, hint0 = _closed(
-                _terms, step, _y0, _args, _solver_state0, has_output
+            _step = eqx.tree_at(
+                lambda s: s.controls,
+                step,
+                eqx.combine(_controls, step.controls),
+                is_leaf=lambda x: x is None,
+            )
+            y1, dense_info, solver_state1, hint0 = _closed.step(
+                _terms, _step, _y0, _args, _solver_state0, has_output
             )
             if no_output:
                 dense_info = None
@@ -234,12 +272,17 @@ class ReverseStep(eqx.Module):
             return out, (y1, dense_info, hint0)
 
         _, pull_back, (y1, dense_info, hint0) = jax.vjp(
-            _local, diff_state, self.diff_params, has_aux=True
+            _local, diff_state, self.diff_params, controls, has_aux=True
         )
         return y1, (dense_info, hint0, pull_back)
 
     def _pull_back(
-        self, position: Position, step: Step, y0: Y, aux: PyTree
+        self,
+        position: Position,
+        step: Step,
+        y0: Y,
+        aux: PyTree,
+        pull_back_controls: Callable | None,
     ) -> Position:
         dense_info, hint0, pull_back = aux
         ts_index = position.ts_index
@@ -250,7 +293,11 @@ class ReverseStep(eqx.Module):
         if self.closed.reversal.has_state:
             grad_solver_state1 = position.grad_solver_state
         cotangents = position.grad_y, grad_solver_state1, grad_dense_info
-        (grad_y0, grad_solver_state0), grads = pull_back(cotangents)
+        grad_state0, grads, grad_controls = pull_back(cotangents)
+        grad_y0, grad_solver_state0 = grad_state0
+        if pull_back_controls is not None:
+            (grads_of_controls,) = pull_back_controls(grad_controls)
+            grads = add(grads, grads_of_controls)
         return Position(
             index=position.index - 1,
             ts_index=ts_index,
@@ -305,6 +352,17 @@ class ReverseStep(eqx.Module):
 
 def _keep_y(out: tuple[Y, PyTree]) -> tuple[Y, PyTree]:
     return out[0], out
+
+
+def _depends(fn: Callable[[PyTree], PyTree], x: PyTree) -> bool:
+    """Whether any value of `fn` depends on `x`."""
+    jaxpr = jax.make_jaxpr(lambda x: eqx.filter(fn(x), eqx.is_array))(x).jaxpr
+    found = set(jaxpr.invars)
+    is_found = lambda v: not isinstance(v, jex.core.Literal) and v in found
+    for eqn in jaxpr.eqns:
+        if any(map(is_found, eqn.invars)):
+            found.update(eqn.outvars)
+    return any(map(is_found, jaxpr.outvars))
 
 
 def tolerance_for(y: Y) -> float:

@@ -39,6 +39,8 @@ class Step(eqx.Module):
     - `next_made_jump`: the same for the step that came next.
     - `solver_state`: what [`diffrax.AbstractReversibleSolver.record_state`][] recorded
         at `t0`.
+    - `controls`: what `evaluate_controls` returned for this step. `None` if nothing is
+        known of its controls.
     """
 
     t0: RealScalarLike
@@ -47,6 +49,7 @@ class Step(eqx.Module):
     made_jump: BoolScalarLike
     next_made_jump: BoolScalarLike
     solver_state: PyTree[Array]
+    controls: PyTree = None
 
 
 class StepRecord(eqx.Module):

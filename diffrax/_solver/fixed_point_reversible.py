@@ -21,6 +21,7 @@ from .._custom_types import (
     Y,
 )
 from .._invert_step import invert_step
+from .._known_controls import is_single_term
 from .._local_interpolation import AbstractLocalInterpolation
 from .._solution import RESULTS
 from .._term import AbstractTerm
@@ -289,9 +290,9 @@ class UnrolledSolver(eqx.Module):
             control = terms.contr(t0, t1)
             return (y1**ω - terms.vf_prod(t1, y1, args, control) ** ω).ω
         backward: Any = jtu.tree_map(
-            lambda x: _BackwardTerm(x) if _is_leaf_term(x) else x,
+            lambda x: _BackwardTerm(x) if is_single_term(x) else x,
             terms,
-            is_leaf=_is_leaf_term,
+            is_leaf=is_single_term,
         )
         y0, *_ = self.solver.step(backward, t1, t0, y1, args, None, made_jump=True)
         return y0
@@ -305,11 +306,6 @@ class UnrolledSolver(eqx.Module):
     def _stages(self, terms, t0, t1, y0, args, control, vf0):
         k0 = None if vf0 is None else terms.prod(vf0, control)
         return _stages(self._tableau, terms, t0, t1, y0, args, control, k0)
-
-
-def _is_leaf_term(x: Any) -> bool:
-    # Of a `MultiTerm`, the terms one by one: solvers take it apart.
-    return isinstance(x, AbstractTerm) and not hasattr(x, "terms")
 
 
 class _BackwardTerm(AbstractTerm):
