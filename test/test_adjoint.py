@@ -63,7 +63,12 @@ def _temp_size(solver, controller, num_steps):
     "solver, controller, record_size",
     (
         (_solver, diffrax.ConstantStepSize(), 8),
-        (diffrax.UReversible(diffrax.Tsit5()), diffrax.ConstantStepSize(), 8),
+        pytest.param(
+            diffrax.UReversible(diffrax.Tsit5()),
+            diffrax.ConstantStepSize(),
+            8,
+            marks=pytest.mark.slow,
+        ),
         (diffrax.ReversibleHeun(), _adaptive, 8),
         # The start of the step before the last one.
         (diffrax.LeapfrogMidpoint(), diffrax.ConstantStepSize(), 16),

@@ -105,14 +105,17 @@ def _forward_and_backward(solver, structure, key, steps, made_jump):
 
 
 def _names_and_dtypes():
-    # Methods that are the same but for their number of stages.
+    # Methods that are the same as others but for their tableau.
     slow = {f"UReversible({name})" for name in ("Midpoint", "Ralston", "Dopri5")}
-    slow |= {f"UReversible({name})" for name in ("Tsit5", "Dopri8")}
-    slow |= {"UReversible(Bosh3)", "HalfSolver(UReversible(Bosh3))"}
+    slow |= {"UReversible(Dopri8)"}
+    slow_float32 = {"UReversible(Bosh3)", "UReversible(Tsit5)"}
+    slow_float32 |= {"HalfSolver(UReversible(Bosh3))", "UReversible(Bosh3, 0.5)"}
     for name in _SOLVERS:
-        yield name, jnp.float64
-        marks = pytest.mark.slow if name in slow else ()
-        yield pytest.param(name, jnp.float32, marks=marks)
+        for dtype in (jnp.float64, jnp.float32):
+            is_slow = name in slow
+            is_slow |= name in slow_float32 and dtype == jnp.float32
+            marks = pytest.mark.slow if is_slow else ()
+            yield pytest.param(name, dtype, marks=marks)
 
 
 @pytest.mark.parametrize("name, dtype", list(_names_and_dtypes()))

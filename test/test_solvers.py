@@ -28,6 +28,13 @@ _ERKS = (
     diffrax.Dopri5,
     diffrax.Dopri8,
 )
+# Euler's method, which is not one for Diffrax; one that is first-same-as-last; and one
+# that is not. The others are like these but for their tableau.
+_different = diffrax.Euler, diffrax.Heun, diffrax.Bosh3
+_ALL_ERKS = [
+    pytest.param(cls, marks=() if cls in _different else pytest.mark.slow)
+    for cls in _ERKS
+]
 
 
 def _pendulum(t, y, args):
@@ -149,7 +156,9 @@ def test_order(cls, field, t1, nums):
     assert abs(slope - solver.order(term)) < 0.2
 
 
-@pytest.mark.parametrize("cls", (diffrax.Heun, diffrax.Midpoint))
+@pytest.mark.parametrize(
+    "cls", (diffrax.Heun, pytest.param(diffrax.Midpoint, marks=pytest.mark.slow))
+)
 def test_strong_order_sde(cls):
     # Geometric Brownian motion, in the Stratonovich sense. A single Brownian motion, so
     # that these methods have strong order 1.
@@ -185,7 +194,7 @@ def _true_solution():
     return jax.jit(jax.vmap(sol.evaluate))
 
 
-@pytest.mark.parametrize("cls", _ERKS)
+@pytest.mark.parametrize("cls", _ALL_ERKS)
 def test_interpolation(cls):
     # As accurate inside the steps as the wrapped method, over the same steps; and
     # through the ends of the steps.
@@ -227,7 +236,7 @@ def _count_evaluations(solver, terms_fn, **kwargs):
     return count, num_steps
 
 
-@pytest.mark.parametrize("cls", _ERKS)
+@pytest.mark.parametrize("cls", _ALL_ERKS)
 @pytest.mark.parametrize("is_adaptive", (False, True))
 def test_evaluations(cls, is_adaptive):
     # Twice those of the wrapped method; for an FSAL method without its last stage. The
@@ -351,7 +360,7 @@ _unstable = {
 }
 
 
-@pytest.mark.parametrize("cls", _ERKS)
+@pytest.mark.parametrize("cls", _ALL_ERKS)
 def test_constant_steps_fail(cls):
     fields, *problems = zip(*_unstable.values())
     # One program for all of the problems, which is quicker to compile.
@@ -423,7 +432,7 @@ def test_nonfinite_fails():
     assert sol.result == diffrax.RESULTS.nonfinite
 
 
-@pytest.mark.parametrize("cls", _ERKS)
+@pytest.mark.parametrize("cls", _ALL_ERKS)
 def test_coarse_steps_do_not_fail(cls):
     # Inaccurate, as the wrapped method is with these steps, but not unstable.
     field = lambda t, y, args: (
@@ -501,7 +510,14 @@ def test_backsolve(solver):
     np.testing.assert_allclose(grad, expected, rtol=tolerance)
 
 
-@pytest.mark.parametrize("solver", _ALL, ids=_name)
+@pytest.mark.parametrize(
+    "solver",
+    [
+        pytest.param(solver, marks=() if i in (1, 2, 3) else pytest.mark.slow)
+        for i, solver in enumerate(_ALL)
+    ],
+    ids=_name,
+)
 def test_no_max_steps(solver):
     adjoint = diffrax.RecursiveCheckpointAdjoint(checkpoints=4)
     unbounded = _gradient(solver, adjoint, max_steps=None)
