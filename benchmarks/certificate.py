@@ -281,26 +281,41 @@ def is_right(row: dict[str, Any]) -> bool:
     return row["error"] <= max(row["tolerance"], 10 * row["uncertainty"])
 
 
+def misleads(row: dict[str, Any]) -> bool:
+    return row["problem"] in ("hump", "wiggle", "small_leaf")
+
+
+def is_cheap(row: dict[str, Any]) -> bool:
+    return row["certificate"] == "cheap"
+
+
 def plot(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    groups = {
+        "others": ("o", lambda row: not misleads(row)),
+        "made to mislead": ("^", lambda row: misleads(row) and not is_cheap(row)),
+        "the same, cheap certificate": ("x", is_cheap),
+    }
     fig, axes = plt.subplots(1, 2, figsize=(10, 4.5), sharey=True)
     for ax, dtype in zip(axes, ("float64", "float32"), strict=True):
         eps = float(jnp.finfo(dtype).eps)
         tolerance = eps ** (2 / 3)
-        for misleads in (False, True):
-            points = [
-                (row["measured"], row["error"])
-                for row in rows
-                if row["dtype"] == dtype
-                and (row["problem"] in ("hump", "wiggle", "small_leaf")) == misleads
-            ]
+        for i, (label, (marker, belongs)) in enumerate(groups.items()):
+            chosen = [row for row in rows if row["dtype"] == dtype and belongs(row)]
+            points = [(row["measured"], row["error"]) for row in chosen]
             x, y = np.clip(np.array(points).reshape(-1, 2), eps / 8, 1e3).T
-            label = "made to mislead" if misleads else "others"
-            ax.loglog(x, y, "^" if misleads else "o", label=label, alpha=0.6)
+            ax.plot([], [], marker, color=f"C{i}", label=label)
+            for row, *point in zip(chosen, x, y, strict=True):
+                # Hollow: the gradient itself is uncertain by about as much.
+                uncertain = row["error"] <= 10 * row["uncertainty"]
+                face = "none" if uncertain and marker != "x" else f"C{i}"
+                ax.plot(*point, marker, color=f"C{i}", markerfacecolor=face)
+        ax.set_xscale("log")
+        ax.set_yscale("log")
         ax.axvline(tolerance, color="gray", linewidth=0.8)
         ax.axhline(tolerance, color="gray", linewidth=0.8)
         ax.set_title(f"{dtype} (lines: the tolerance)")
@@ -338,12 +353,14 @@ def main() -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     rows = [row for row in rows if not row["failed"]]
     plot(rows, path.with_suffix(".png"))
-    trusted = [row for row in rows if is_trusted(row)]
-    wrong = [row for row in trusted if not is_right(row)]
-    print(
-        f"{len(rows)} gradients, of which {len(trusted)} are trusted, and {len(wrong)} "
-        "of these are wrong."
-    )
+    for certificate in ("full", "cheap"):
+        of = [row for row in rows if row["certificate"] == certificate]
+        trusted = [row for row in of if is_trusted(row)]
+        wrong = [row for row in trusted if not is_right(row)]
+        print(
+            f"With the {certificate} certificate: {len(of)} gradients, of which "
+            f"{len(trusted)} are trusted, and {len(wrong)} of these are wrong."
+        )
 
 
 if __name__ == "__main__":
