@@ -6,13 +6,14 @@ import equinox.internal as eqxi
 import jax
 import pytest
 
+from .compiling import compile_quickly
 
+
+compile_quickly()
 jax.config.update("jax_enable_x64", True)
 # Nothing may be promoted in silence: a mix of dtypes or ranks is stated or is a bug.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Nearly all of the time goes into compiling, and nearly none into what was compiled.
-jax.config.update("jax_disable_most_optimizations", True)
 # JAX's defaults, so that a variable in the environment changes no random number.
 jax.config.update("jax_default_prng_impl", "threefry2x32")
 jax.config.update("jax_threefry_partitionable", True)
