@@ -36,7 +36,6 @@ t0, t1, dt0 = 0.5, 2.45, 0.2
 # At both ends, twice at the same time, several in one step, none in many, and on the
 # end of a step.
 ts = jnp.array([t0, t0, 0.7, 0.71, 0.75, 0.75, 2.0, 2.449, t1])
-adaptive = diffrax.PIDController(rtol=1e-4, atol=1e-5)
 
 
 SOLVERS: dict[str, diffrax.AbstractSolver] = {
@@ -125,6 +124,14 @@ class Solve:
             return y0, jtu.tree_map(lambda x: 2 * x[::-1], y0)
         return y0
 
+    @property
+    def adaptive(self) -> diffrax.PIDController:
+        # At the smaller tolerance this method takes 3000 steps, over which their sizes
+        # amplify one rounding error of `y0` to 4e-6 of the solution.
+        is_euler = isinstance(getattr(self.solver, "solver", None), diffrax.Euler)
+        rtol = 1e-1 if is_euler else 1e-4
+        return diffrax.PIDController(rtol=rtol, atol=rtol / 10)
+
     def terms(self, vector_field: Callable = _drift) -> PyTree[diffrax.AbstractTerm]:
         term = diffrax.ODETerm(vector_field)
         if self.is_pair:
@@ -158,9 +165,8 @@ class Case:
     single_term: bool = False
     # The method has to be of the Stratonovich kind, or the noise additive.
     is_sde: bool = False
+    # Of the value as well: two programs need not round alike.
     tolerance: float = 1e-10
-    # The forward pass is the same.
-    value_tolerance: float = 1e-14
     dtype: Any = jnp.float64
     # Upstream's is wrong when vmapping over `SaveAt(ts=...)` with `t1=True`.
     reference: diffrax.AbstractAdjoint = diffrax.RecursiveCheckpointAdjoint()
@@ -267,7 +273,10 @@ def _step_to_backwards(solve):
 @_case("adaptive, rejected steps", is_adaptive=True)
 def _adaptive(solve):
     sol = solve(
-        dt0=t1 - t0, stepsize_controller=adaptive, saveat=everything, max_steps=16384
+        dt0=t1 - t0,
+        stepsize_controller=solve.adaptive,
+        saveat=everything,
+        max_steps=16384,
     )
     num_rejected = eqx.error_if(
         sol.stats["num_rejected_steps"],
@@ -279,7 +288,7 @@ def _adaptive(solve):
 
 @_case("adaptive, dt0=None, backwards in time", is_adaptive=True)
 def _adaptive_backwards(solve):
-    kwargs: Any = dict(dt0=None, stepsize_controller=adaptive, max_steps=16384)
+    kwargs: Any = dict(dt0=None, stepsize_controller=solve.adaptive, max_steps=16384)
     return solve(t0=t1, t1=t0, saveat=diffrax.SaveAt(ts=ts[::-1]), **kwargs).ys
 
 
@@ -290,16 +299,15 @@ def _adaptive_backwards(solve):
 jumps = jnp.array([0.75, 1.3, 2.0])
 
 
-def _discontinuous(t, y, args):
-    # Right-continuous at each jump.
-    num = jnp.sum(t >= jumps).astype(y.dtype)
-    return _drift(t, y, args) * (1 + 0.5 * num)
-
-
 def _jump(solve, ts, jump_ts, **kwargs):
-    controller = diffrax.ClipStepSizeController(adaptive, jump_ts=jump_ts)
+    def vector_field(t, y, args):
+        # Right-continuous at each jump.
+        num = jnp.sum(t >= jump_ts).astype(y.dtype)
+        return _drift(t, y, args) * (1 + 0.5 * num)
+
+    controller = diffrax.ClipStepSizeController(solve.adaptive, jump_ts=jump_ts)
     return solve(
-        terms=solve.terms(_discontinuous),
+        terms=solve.terms(vector_field),
         stepsize_controller=controller,
         saveat=diffrax.SaveAt(t0=True, t1=True, ts=ts),
         max_steps=16384,
@@ -317,7 +325,7 @@ _case("several jumps, backwards in time", is_adaptive=True)(
 
 @_case("passed made_jump", is_adaptive=True)
 def _made_jump(solve):
-    return solve(stepsize_controller=adaptive, made_jump=True, max_steps=16384).ys
+    return solve(stepsize_controller=solve.adaptive, made_jump=True, max_steps=16384).ys
 
 
 @_case("passed made_jump, constant steps")
@@ -366,8 +374,9 @@ def _empty_state(solve):
     return solve(terms=term, y0={"x": y0, "e": None}).ys
 
 
-# Tolerances in float32 are for a gradient that is a sum over 10 steps.
-@_case("float32", dtype=jnp.float32, tolerance=1e-5, value_tolerance=1e-6)
+# Tolerances in float32 are for a gradient that is a sum over 10 steps, and for Dopri8,
+# whose coefficients are as large as 17 and cancel.
+@_case("float32", dtype=jnp.float32, tolerance=1e-4)
 def _float32(solve):
     ts_ = ts.astype(jnp.float32)
     saveat = diffrax.SaveAt(t0=True, t1=True, ts=ts_)
@@ -375,7 +384,8 @@ def _float32(solve):
     return solve(t0=times[0], t1=times[1], dt0=times[2], saveat=saveat).ys
 
 
-@_case("float64 state, float32 time")
+# The times of the stages are rounded to float32.
+@_case("float64 state, float32 time", tolerance=1e-6)
 def _float32_time(solve):
     saveat = diffrax.SaveAt(t0=True, t1=True, ts=ts.astype(jnp.float32))
     times = [jnp.float32(t) for t in (t0, t1, dt0)]
@@ -387,7 +397,6 @@ def _float32_time(solve):
     "float32 state, float64 time",
     dtype=jnp.float32,
     tolerance=1e-5,
-    value_tolerance=1e-6,
 )
 def _float64_time(solve):
     def promoted(vector_field):
@@ -523,7 +532,6 @@ _case("SDE", single_term=True, is_sde=True, quick_solver="Heun")(_sde)
     is_sde=True,
     is_adaptive=True,
     quick_solver="ReversibleHeun",
-    value_tolerance=1e-12,
 )
 def _adaptive_sde(solve):
     # Each step size depends on the path, and so on the step size before: on a path that
@@ -576,7 +584,9 @@ def _vmap_t1(solve):
 
 @_case("vmap, adaptive, different numbers of steps", is_adaptive=True)
 def _vmap_adaptive(solve):
-    kwargs: Any = dict(stepsize_controller=adaptive, max_steps=16384, saveat=everything)
+    kwargs: Any = dict(
+        stepsize_controller=solve.adaptive, max_steps=16384, saveat=everything
+    )
     solve_one = lambda y: solve(y0=solve.y0(y), **kwargs).ys
     return jax.vmap(solve_one)(_batch(solve) ** 3)
 

@@ -67,7 +67,7 @@ _quick = set(_quick_pairs())
 )
 def test_agreement(case, solver):
     value_error, grad_error = compare(CASES[case], SOLVERS[solver])
-    assert value_error <= CASES[case].value_tolerance
+    assert value_error <= CASES[case].tolerance
     assert grad_error <= CASES[case].tolerance
 
 
