@@ -10,24 +10,24 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Int, PyTree
 
 from ._custom_types import RealScalarLike, Y
-from ._reverse_pass import Work
+from ._reverse_pass import Worst
 from ._reverse_step import filter_inexact, ReverseStep
 
 
-def refuse_drift(grads: PyTree, work: Work, step: ReverseStep, y1: Y) -> PyTree:
+def refuse_drift(grads: PyTree, worst: Worst, step: ReverseStep, y1: Y) -> PyTree:
     """Returns `grads`. If the certificate has fewer than half of the digits: raises an
     error at run time, or makes them NaN, or lets them pass."""
     closed = step.closed
     if closed.on_failure == "ignore":
         return grads
-    has_drifted = work.missed > step.too_much()
+    has_drifted = worst.missed > step.too_much()
     # A solve that failed has told so itself. Its gradients are not finite either.
     for y in jtu.tree_leaves(filter_inexact(y1)):
         has_drifted &= jnp.all(jnp.isfinite(y))
     if closed.on_failure == "raise":
-        at = step.record.read(work.lost, step.num_steps).t0
+        at = step.record.read(worst.lost, step.num_steps).t0
         fraction = (at - closed.t0) / (closed.t1 - closed.t0)
-        index = _Messages.choose(work.missed * step.tolerance(), fraction)
+        index = _Messages.choose(worst.missed * step.tolerance(), fraction)
         messages = _Messages(closed.name, closed.checkpoints)
         return eqx.internal.branched_error_if(grads, has_drifted, index, messages)
     return jtu.tree_map(

@@ -30,15 +30,16 @@ def max_abs(y: PyTree) -> PyTree[Array]:
 def relative_distance(
     y: PyTree, other: PyTree, size: PyTree, unit: float | None = None
 ) -> Real[Array, ""]:
-    """The largest difference between two PyTrees, each leaf for itself, in units of
-    `unit` times `size`, which is how large the leaf is. The default for `unit` is the
-    machine epsilon. NaN if anything is."""
+    """The largest difference between two PyTrees, in units of `unit` times `size`,
+    which is how large each leaf is, or each entry of it. The default for `unit` is the
+    machine epsilon. NaN if anything is; infinity if they differ where `size` is
+    zero."""
 
-    def _distance(x, x2, max_x):
-        max_x = jnp.where(max_x == 0, 1, max_x)
+    def _distance(x, x2, size_x):
         eps = float(jnp.finfo(x.dtype).eps) if unit is None else unit
-        distance = jnp.max(jnp.abs(x - x2), initial=0) / (eps * max_x)
-        return distance.astype(jnp.result_type(float))
+        difference = jnp.abs(x - x2)
+        ratio = jnp.where(difference == 0, 0, difference / (eps * size_x))
+        return jnp.max(ratio, initial=0).astype(jnp.result_type(float))
 
     distances = jtu.tree_leaves(jtu.tree_map(_distance, y, other, size))
     return ft.reduce(jnp.maximum, distances, jnp.zeros((), jnp.result_type(float)))

@@ -14,18 +14,16 @@ import equinox as eqx
 import equinox.internal as eqxi
 import jax.lax as lax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Int, PyTree, Real
 
 from ._closed_solve import as_arrays
 from ._custom_types import BoolScalarLike, IntScalarLike, RealScalarLike
-from ._invert_step import max_abs, relative_distance
-from ._reverse_step import Position, ReverseStep, where
+from ._invert_step import relative_distance
+from ._reverse_step import known_size, Position, ReverseStep, where
+from ._rounding_probe import sketch
 from ._step_trace import StepTrace
 from ._stored_states import StoredStates
-
-
-# From this many steps on, a segment is long.
-_long = 10
 
 
 class Segment(eqx.Module):
@@ -36,8 +34,8 @@ class Segment(eqx.Module):
         tolerated.
     - `lost`: the number of the step at which that first was too much for a gradient.
     - `corrections`: how many there were.
-    - `tried`: whether the last step has been undone like any other; and if so, what
-        cotangents of `y` that made.
+    - `tried`: whether the last step has been undone like any other; and if so, a
+        sketch of the cotangents that that made.
     - `trace`: what each step took.
     """
 
@@ -46,41 +44,26 @@ class Segment(eqx.Module):
     lost: Int[Array, ""]
     corrections: Int[Array, ""]
     tried: Bool[Array, ""]
-    tried_grad_y: PyTree[Array]
+    sketch: PyTree[Array]
     trace: StepTrace
 
 
-class Work(eqx.Module):
-    """What going backward took.
+class Worst(eqx.Module):
+    """How well going backward went.
 
-    - `num_undone`: how many steps were undone or linearised.
-    - `num_corrections`: how many times a guess of where a step started was corrected.
-    - `num_replayed`: how many steps were made again.
     - `missed`: the worst of by how much going back over a segment missed where it
         should have led, on the segments as they finally were undone, as a fraction of
         what is tolerated.
     - `lost`: the number of the step at which that first was too much for a gradient.
     """
 
-    num_undone: Int[Array, ""]
-    num_corrections: Int[Array, ""]
-    num_replayed: Int[Array, ""]
     missed: Real[Array, ""]
     lost: Int[Array, ""]
 
-    def add(
-        self,
-        segment: Segment,
-        num_undone: IntScalarLike,
-        num_replayed: IntScalarLike,
-        counts: BoolScalarLike,
-    ) -> "Work":
-        """With that for a segment; with its certificate only if that `counts`."""
+    def add(self, segment: Segment, counts: BoolScalarLike) -> "Worst":
+        """With a segment, if that `counts`."""
         is_worst = counts & (segment.missed > self.missed)
-        return Work(
-            num_undone=self.num_undone + num_undone,
-            num_corrections=self.num_corrections + segment.corrections,
-            num_replayed=self.num_replayed + num_replayed,
+        return Worst(
             missed=jnp.where(is_worst, segment.missed, self.missed),
             lost=jnp.where(is_worst, segment.lost, self.lost),
         )
@@ -104,14 +87,16 @@ class ReversePass(eqx.Module):
     ) -> Segment:
         """Goes back to step `target`, which starts from `state`.
 
-        If the segment is long then the last step is first undone like any other, which
+        Unless there is no other, the last step is first undone like any other, which
         shows what difference it makes to the cotangents that the state from which it
         started was known."""
         closed = self.step.closed
         start = position.index
         is_long = jnp.array(False)
         if closed.certificate == "full" and closed.reversal.can_step_back:
-            is_long = start - target >= _long
+            is_long = start - target > 1
+        y0, _ = state
+        size = known_size(y0, position.y)
 
         def cond_fun(val: Segment):
             go_on = True
@@ -126,28 +111,32 @@ class ReversePass(eqx.Module):
             is_last = index <= target
             try_ = is_last & is_long & ~val.tried
             known = is_last & ~try_
-            new, signals, step, corrections = self.step(val.position, known, state)
+            new, signals, step, corrections = self.step(
+                val.position, known, state, size
+            )
+            sketch_, norms = lax.cond(
+                eqxi.unvmap_any(try_ | val.tried),
+                lambda: sketch(_cotangents(new)),
+                lambda: (val.sketch, jtu.tree_map(jnp.abs, val.sketch)),
+            )
             differs = relative_distance(
-                new.grad_y,
-                val.tried_grad_y,
-                max_abs(new.grad_y),
-                self.step.tolerance(),
+                sketch_, val.sketch, norms, self.step.tolerance()
             )
             differs = jnp.where(val.tried, differs, 0)
             signals = eqx.tree_at(lambda s: s.cotangents, signals, differs)
+            signals = jtu.tree_map(
+                lambda x: jnp.where(jnp.isnan(x), jnp.inf, x), signals
+            )
             trace = val.trace.undone(
                 index, step, signals, known, val.tried, corrections
             )
             missed = signals.worst(known)
             if closed.certificate == "off":
                 missed = jnp.zeros_like(missed)
-            position, tried_grad_y = lax.cond(
+            position = lax.cond(
                 eqxi.unvmap_any(try_),
-                lambda: (
-                    where(try_, val.position, new),
-                    where(try_, new.grad_y, val.tried_grad_y),
-                ),
-                lambda: (new, val.tried_grad_y),
+                lambda: where(try_, val.position, new),
+                lambda: new,
             )
             return Segment(
                 position=position,
@@ -155,7 +144,7 @@ class ReversePass(eqx.Module):
                 lost=jnp.where(val.missed > self.step.too_much(), val.lost, index),
                 corrections=val.corrections + corrections,
                 tried=val.tried | try_,
-                tried_grad_y=tried_grad_y,
+                sketch=where(try_, sketch_, val.sketch),
                 trace=trace,
             )
 
@@ -179,7 +168,9 @@ class ReversePass(eqx.Module):
             lost=position.index,
             corrections=jnp.array(0),
             tried=jnp.array(False),
-            tried_grad_y=position.grad_y,
+            sketch=jtu.tree_map(
+                lambda x: jnp.zeros((), x.dtype), _cotangents(position)
+            ),
             trace=trace,
         )
 
@@ -248,23 +239,16 @@ class ReversePass(eqx.Module):
 
     def run(
         self, position: Position, stored: StoredStates, trace: StepTrace
-    ) -> tuple[Position, Work, StepTrace]:
-        """Goes back to the start of the solve. Returns the position there, and what it
-        took."""
+    ) -> tuple[Position, Worst, StepTrace]:
+        """Goes back to the start of the solve. Returns the position there, and how well
+        that went."""
         closed = self.step.closed
         solver_state0 = self.step.solver_state0 if closed.reversal.has_state else None
         start = self.step.y0, solver_state0
         zero = jnp.array(0, position.index.dtype)
         if closed.checkpoints == 0:
             all_ = self.segment(position, zero, start, trace)
-            work = Work(
-                num_undone=position.index,
-                num_corrections=all_.corrections,
-                num_replayed=zero,
-                missed=all_.missed,
-                lost=all_.lost,
-            )
-            return all_.position, work, all_.trace
+            return all_.position, Worst(all_.missed, all_.lost), all_.trace
         stored = stored.extend(closed.checkpoints).drop(position.index)
         no_limit = jnp.array(jnp.iinfo(jnp.int32).max, position.index.dtype)
 
@@ -273,12 +257,11 @@ class ReversePass(eqx.Module):
             return position.index > 0
 
         def body_fun(carry):
-            position, work, limit, rate, stored, trace = carry
+            position, worst, limit, rate, stored, trace = carry
             first = stored.last()
             length = position.index - first
             state = stored.read(first, start)
-            max_rate = _max_correction_rate(length, stored.num_free)
-            again = (length > limit) | (rate > max_rate)
+            again = (length > limit) | _is_less_work(length, stored.num_free, rate)
             if not closed.reversal.can_step_back:
                 again = jnp.array(True)
             again = again & (length > 1)
@@ -289,7 +272,7 @@ class ReversePass(eqx.Module):
             is_whole = (new.missed <= 1) & (new.position.index == stop)
             is_right = is_whole | (length == 1) | again
             counts = is_right & (length > 1) & jnp.invert(again)
-            work = work.add(new, undone, jnp.where(again, stop - first, 0), counts)
+            worst = worst.add(new, counts)
             # Try segments again that are as long as twice the longest one that has
             # been right since one was not.
             grown = jnp.where(again, limit, jnp.maximum(limit, 2 * length))
@@ -298,30 +281,38 @@ class ReversePass(eqx.Module):
             rate = jnp.where(again, rate, new.corrections / jnp.maximum(undone, 1))
             position = where(is_right, new.position, position)
             stored = stored.drop(position.index)
-            return position, work, limit, rate, stored, new.trace
+            return position, worst, limit, rate, stored, new.trace
 
         def buffers(carry):
             *_, stored, trace = carry
             return stored.buffers, trace.buffers
 
         no_rate = jnp.zeros((), jnp.result_type(float))
-        work = Work(zero, zero, zero, no_rate, zero)
-        position, work, *_, trace = eqxi.while_loop(
+        worst = Worst(no_rate, zero)
+        position, worst, *_, trace = eqxi.while_loop(
             cond_fun,
             body_fun,
-            (position, work, no_limit, no_rate, stored, trace),
+            (position, worst, no_limit, no_rate, stored, trace),
             buffers=buffers,
             kind="lax",
         )
-        return position, work, trace
+        return position, worst, trace
 
 
-def _max_correction_rate(
-    length: IntScalarLike, num_free: IntScalarLike
-) -> RealScalarLike:
-    """With how many corrections per step it is less work to make a segment again than
-    to undo it. A correction is as much work as making two steps. Each step has to be
-    made again once if there is room for all of the states, and twice if there is for
-    some of them, and for all of those between."""
-    twice = jnp.where(length <= (num_free // 2 + 1) ** 2, 0.6, jnp.inf)
-    return jnp.where(length - 2 <= num_free, 0.1, twice)
+def _cotangents(position: Position) -> PyTree[Array]:
+    return position.grad_y, position.grad_solver_state, position.grads
+
+
+def _is_less_work(
+    length: IntScalarLike, num_free: IntScalarLike, rate: RealScalarLike
+) -> BoolScalarLike:
+    """Whether to make a segment again is less work than to undo it, if that takes
+    `rate` corrections for each step.
+
+    If there is room for all of its states then each step has to be made again once,
+    which is as much work as a guess of where it started, without the certificate. If
+    there is room for some of them, and then for all of those between, then each has to
+    be made twice, and a correction is as much work as that."""
+    once = length - 2 <= num_free
+    twice = length <= (num_free // 2 + 1) ** 2
+    return once | (twice & (rate > 0.6))

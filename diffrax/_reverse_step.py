@@ -16,7 +16,7 @@ from jaxtyping import Array, Int, PyTree
 
 from ._closed_solve import ClosedSolve
 from ._custom_types import BoolScalarLike, DenseInfo, IntScalarLike, Y
-from ._invert_step import invert_step, max_abs, relative_distance
+from ._invert_step import invert_step, relative_distance
 from ._rounding_probe import advance, derivative, rounding
 from ._step_record import Step, StepRecord
 from ._step_trace import Signals
@@ -45,7 +45,6 @@ class Position(eqx.Module):
     - `y`, `hint`: the state here, and what undoing the step before needs in addition.
     - `grad_y`, `grad_solver_state`: the cotangents of the state.
     - `grads`: those of the parameters, so far.
-    - `size`: how large each leaf of `y` has been so far.
     - `error`: what rounding may have led to since the last state that was known: of
         `y`, and of the solver state if that is the hint.
     """
@@ -57,7 +56,6 @@ class Position(eqx.Module):
     grad_y: PyTree[Array]
     grad_solver_state: PyTree[Array]
     grads: PyTree[Array]
-    size: PyTree[Array]
     error: PyTree[Array]
 
 
@@ -93,9 +91,14 @@ class ReverseStep(eqx.Module):
         return self.tolerance() ** -0.25
 
     def __call__(
-        self, position: Position, known: BoolScalarLike, state0: PyTree
+        self,
+        position: Position,
+        known: BoolScalarLike,
+        state0: PyTree,
+        size: PyTree[Array],
     ) -> tuple[Position, Signals, Step, Int[Array, ""]]:
         """Goes back over one step: from `state0`, if `known`, or else by undoing it.
+        `size` is how large each entry of `y` is.
 
         Returns the new position; how far this may be off, without what is told by
         cotangents; the step; and the number of corrections that were made."""
@@ -137,7 +140,6 @@ class ReverseStep(eqx.Module):
             y0, solver_state0 = where(known, state0, undone)
             y1, aux = linearise(y0, solver_state0)
 
-        size = jtu.tree_map(jnp.maximum, position.size, max_abs(filter_inexact(y0)))
         missed = relative_distance(
             filter_inexact(y1), filter_inexact(position.y), size, self.tolerance()
         )
@@ -156,10 +158,7 @@ class ReverseStep(eqx.Module):
             signals = eqx.tree_at(lambda s: s.rounding, signals, grown)
         position = self._pull_back(position, step, y0, aux, pull_back_controls)
         position = eqx.tree_at(
-            lambda p: (p.size, p.error),
-            position,
-            (size, error),
-            is_leaf=lambda x: x is None,
+            lambda p: p.error, position, error, is_leaf=lambda x: x is None
         )
         return position, signals, step, corrections
 
@@ -306,7 +305,6 @@ class ReverseStep(eqx.Module):
             grad_y=grad_y0,
             grad_solver_state=grad_solver_state0,
             grads=add(position.grads, grads),
-            size=position.size,
             error=position.error,
         )
 
@@ -363,6 +361,22 @@ def _depends(fn: Callable[[PyTree], PyTree], x: PyTree) -> bool:
         if any(map(is_found, eqn.invars)):
             found.update(eqn.outvars)
     return any(map(is_found, jaxpr.outvars))
+
+
+def known_size(y: Y, other: Y) -> PyTree[Array]:
+    """How large each entry of `y` is between two states that are known. (By what going
+    back comes by it could not be told: that may have drifted to any size.)
+
+    Entries that are much smaller than the largest one of their leaf cannot be had to
+    more than the rounding errors of that: 16 units of these are within what is
+    tolerated."""
+
+    def _size(x, x2):
+        size = jnp.maximum(jnp.abs(x), jnp.abs(x2))
+        least = 16 * float(jnp.finfo(x.dtype).eps) ** (1 / 3)
+        return jnp.maximum(size, least * jnp.max(size, initial=0))
+
+    return jtu.tree_map(_size, filter_inexact(y), filter_inexact(other))
 
 
 def tolerance_for(y: Y) -> float:

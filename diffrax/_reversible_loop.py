@@ -17,7 +17,6 @@ from jaxtyping import Array, PyTree
 from ._closed_solve import as_arrays, ClosedSolve
 from ._custom_types import BoolScalarLike, Y
 from ._drift_error import refuse_drift
-from ._invert_step import max_abs
 from ._reverse_pass import ReversePass
 from ._reverse_step import add, filter_inexact, Position, ReverseStep, zeros_like
 from ._saveat import SaveAt
@@ -115,14 +114,13 @@ def _reversible_loop_bwd(
         grad_y=grad_y1,
         grad_solver_state=zeros_like(filter_inexact(solver_state1)),
         grads=zeros_like(diff_params),
-        size=max_abs(filter_inexact(y1)),
         error=step.start_error(y1, hint),
     )
     trace = StepTrace(None if trace is None else jnp.zeros_like(trace))
-    start, work, trace = ReversePass(step).run(end, stored, trace)
+    start, worst, trace = ReversePass(step).run(end, stored, trace)
     grad_y0 = _pull_back_start(start.grad_y, grad_ys, saveat, closed.t0 == closed.t1)
     grads = (grad_y0, start.grad_solver_state, *start.grads)
-    grads = refuse_drift(grads, work, step, y1)
+    grads = refuse_drift(grads, worst, step, y1)
     return *grads, trace.rows
 
 

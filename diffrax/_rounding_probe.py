@@ -17,17 +17,29 @@ from jaxtyping import Array, PyTree, Real
 from ._invert_step import max_abs
 
 
+def _pattern(x: Array) -> Array:
+    """Of no symmetry, so that it is not orthogonal to anything in particular."""
+    index = jnp.arange(x.size, dtype=jnp.finfo(x.dtype).dtype)
+    return jnp.cos(1.0 + 2.4 * index).reshape(x.shape)
+
+
 def rounding(tree: PyTree[Array]) -> PyTree[Array]:
     """An error such as rounding makes, for each leaf relative to its largest value, and
     in no special direction."""
 
     def _rounding(x, max_x):
-        # Of no symmetry, so that it is not orthogonal to what grows.
-        pattern = jnp.cos(1.0 + 2.4 * jnp.arange(x.size, dtype=max_x.dtype))
         eps = float(jnp.finfo(x.dtype).eps)
-        return (eps * max_x * pattern.reshape(x.shape)).astype(x.dtype)
+        return (eps * max_x * _pattern(x)).astype(x.dtype)
 
     return jtu.tree_map(_rounding, tree, max_abs(tree))
+
+
+def sketch(tree: PyTree[Array]) -> tuple[PyTree[Array], PyTree[Array]]:
+    """For each leaf, its product with a fixed pattern, by which two of them can be told
+    apart; and its norm. Both are scalars."""
+    products = jtu.tree_map(lambda x: jnp.sum(_pattern(x) * x), tree)
+    norms = jtu.tree_map(lambda x: jnp.sqrt(jnp.sum(jnp.abs(x) ** 2)), tree)
+    return products, norms
 
 
 def derivative(

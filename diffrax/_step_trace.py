@@ -28,7 +28,7 @@ columns = (
 
 class Signals(eqx.Module):
     """What tells of a single step how far going back may be off, each as a fraction of
-    what is tolerated. NaN where it does not apply, or where everything is.
+    what is tolerated. (Of a NaN nothing is known, so it is to count as infinite.)
 
     - `drift`: how far a step from a known state ends from where going back had come by.
     - `residual`: how far a step ends from where it should that starts from where it was
@@ -44,11 +44,10 @@ class Signals(eqx.Module):
     cotangents: Real[Array, ""]
 
     def worst(self, known: BoolScalarLike) -> Real[Array, ""]:
-        """The largest of those that apply, NaN being larger than anything."""
+        """The largest of those that apply."""
         at_known = jnp.maximum(self.drift, self.cotangents)
         elsewhere = jnp.maximum(self.residual, self.rounding)
-        worst = jnp.where(known, at_known, elsewhere)
-        return jnp.where(jnp.isnan(worst), jnp.inf, worst)
+        return jnp.where(known, at_known, elsewhere)
 
 
 class StepTrace(eqx.Module):
@@ -86,7 +85,8 @@ class StepTrace(eqx.Module):
         corrections: IntScalarLike,
     ) -> "StepTrace":
         """With what became of a step that was undone, or that started from a known
-        state (and if `tried`, after it had been undone)."""
+        state (and if `tried`, after it had been undone). NaN is written for what does
+        not apply."""
         if self.rows is None:
             return self
 
