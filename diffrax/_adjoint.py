@@ -1,4 +1,5 @@
 import functools as ft
+import operator
 from typing import Any, cast
 
 import equinox as eqx
@@ -54,6 +55,13 @@ from ._upstream_adjoint import (
     ImplicitAdjoint as ImplicitAdjoint,
     RecursiveCheckpointAdjoint as RecursiveCheckpointAdjoint,
 )
+
+
+def _as_int(x: Any) -> Any:
+    # Of NumPy, say. What is none is refused later.
+    return (
+        x if isinstance(x, bool) or not hasattr(x, "__index__") else operator.index(x)
+    )
 
 
 class ReversibleAdjoint(AbstractAdjoint):
@@ -145,7 +153,7 @@ class ReversibleAdjoint(AbstractAdjoint):
         ```
     """
 
-    checkpoints: int = 16
+    checkpoints: int = eqx.field(default=16, converter=_as_int)
     certificate: str = "full"
     on_failure: str = "raise"
 
@@ -197,11 +205,14 @@ class ReversibleAdjoint(AbstractAdjoint):
         reversal = _choose_reversal(solver, init_state.solver_state)
         if self.checkpoints == 0:
             _check_can_step_back(reversal, name)
-        y, solver_state, args, terms = reverse_mode_only(
-            (init_state.y, as_arrays(init_state.solver_state), args, terms),
+        no_forward_mode = (
             f"Cannot use forward-mode autodifferentiation with `adjoint={name}()`. "
             "Consider using `adjoint=ForwardMode()` instead, or "
-            "`adjoint=DirectAdjoint()` for both forward and reverse mode.",
+            "`adjoint=DirectAdjoint()` for both forward and reverse mode."
+        )
+        y, solver_state, args, terms = reverse_mode_only(
+            (init_state.y, as_arrays(init_state.solver_state), args, terms),
+            no_forward_mode,
         )
         _refuse_gradient_of_steps(
             stepsize_controller, solver, terms, args, init_state, name
@@ -243,6 +254,7 @@ class ReversibleAdjoint(AbstractAdjoint):
             on_failure=on_failure,
             **kwargs,
         )
+        local = reverse_mode_only(local, no_forward_mode)
         final_state, aux_stats = reversible_loop(
             (y, solver_state, args, terms, local, self._trace(terms)), closed
         )
@@ -303,7 +315,7 @@ dense=..., fn=..., subs=...)`, or for forward-mode autodifferentiation.
 
 def _choose_reversal(solver: AbstractSolver, solver_state: PyTree) -> AbstractReversal:
     if type(solver) is FixedPointReversible:
-        return NumericalReversal(solver.solver)
+        return NumericalReversal(solver.solver, solver.max_corrections)
     # `isinstance` looks through wrappers. Being able to undo the step of the solver
     # inside does not mean being able to undo that of the wrapper.
     if issubclass(type(solver), AbstractReversibleSolver):

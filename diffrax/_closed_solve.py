@@ -72,6 +72,7 @@ class ClosedSolve(eqx.Module):
         t)`.
     - `reversal`: how steps are undone. (Not the instance, the methods of which are the
         above.)
+    - `max_corrections`: how often to correct a guess of where a step started.
     - `checkpoints`, `certificate`: as passed to the adjoint.
     - `saveat`, `t0`, `t1`: as passed to `diffeqsolve`.
     - `on_failure`: what to do if there is no gradient to be had: `"raise"`, `"nan"` or
@@ -86,6 +87,7 @@ class ClosedSolve(eqx.Module):
     increment: Callable | None
     interpolate: Callable
     reversal: type[AbstractReversal] = eqx.field(static=True)
+    max_corrections: int = eqx.field(static=True)
     checkpoints: int = eqx.field(static=True)
     certificate: str = eqx.field(static=True)
     saveat: SaveAt
@@ -253,6 +255,7 @@ def close_solve(
         forward=_without_gradient(closed_forward, _ids(local), name),
         **parts,
         reversal=type(reversal),
+        max_corrections=reversal.max_corrections,
         checkpoints=checkpoints,
         certificate=certificate,
         saveat=saveat,

@@ -79,7 +79,7 @@ class _Traced:
         out = jex.core.jaxpr_as_fun(self._jaxpr)(*jtu.tree_leaves(y))
         return [x for x, value in zip(out, self._known) if value is None]
 
-    def complete(self, outputs: list[Array]) -> PyTree[Array]:
+    def complete(self, outputs: list[Array]) -> PyTree:
         """All outputs, in the structure that the function returned them."""
         remaining = iter(outputs)
         leaves = [next(remaining) if x is None else x for x in self._known]

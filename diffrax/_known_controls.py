@@ -45,25 +45,31 @@ def _key(kwargs: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
     return tuple(sorted(kwargs.items()))
 
 
-class _Wrapped(AbstractTerm):
+class TermWithControl(AbstractTerm):
     """A term, but for its control."""
 
-    term: AbstractTerm
+    wrapped: AbstractTerm
+
+    def __getattr__(self, name):
+        # What is not in this file, a solver of its own may ask a term of its own for.
+        if name == "wrapped":
+            raise AttributeError(name)
+        return getattr(self.wrapped, name)
 
     def vf(self, t, y, args):
-        return self.term.vf(t, y, args)
+        return self.wrapped.vf(t, y, args)
 
     def prod(self, vf, control):
-        return self.term.prod(vf, control)
+        return self.wrapped.prod(vf, control)
 
     def vf_prod(self, t, y, args, control):
-        return self.term.vf_prod(t, y, args, control)
+        return self.wrapped.vf_prod(t, y, args, control)
 
     def is_vf_expensive(self, t0, t1, y, args):
-        return self.term.is_vf_expensive(t0, t1, y, args)
+        return self.wrapped.is_vf_expensive(t0, t1, y, args)
 
 
-class _Listening(_Wrapped):
+class _Listening(TermWithControl):
     """Notes which controls it is asked for."""
 
     times: tuple[RealScalarLike, RealScalarLike]
@@ -73,10 +79,10 @@ class _Listening(_Wrapped):
         # The very same objects: these cannot be compared by value yet.
         is_whole = t0 is self.times[0] and t1 is self.times[1]
         self.note(_key(kwargs) if is_whole else None)
-        return self.term.contr(t0, t1, **kwargs)
+        return self.wrapped.contr(t0, t1, **kwargs)
 
 
-class _Knowing(_Wrapped):
+class _Knowing(TermWithControl):
     """Knows its control over the only interval that it is asked for."""
 
     keys: tuple[Any, ...] = eqx.field(static=True)

@@ -31,6 +31,8 @@ class AbstractReversal(eqx.Module):
     iterates: eqx.AbstractClassVar[bool]
     # Whether the solver takes terms that know their controls.
     knows_controls: eqx.AbstractClassVar[bool]
+    # If it does: how often to correct the guess.
+    max_corrections: eqx.AbstractVar[int]
     # Whether there is a `step_back`. If not then every step is made from a known state.
     can_step_back: eqx.AbstractClassVar[bool]
 
@@ -96,6 +98,7 @@ class AlgebraicReversal(AbstractReversal):
     """Steps that have an inverse in closed form."""
 
     solver: AbstractReversibleSolver
+    max_corrections: int = 0
     has_state: ClassVar[bool] = True
     iterates: ClassVar[bool] = False
     can_step_back: ClassVar[bool] = True
@@ -123,6 +126,7 @@ class NumericalReversal(AbstractReversal):
     """Steps that have a good approximate inverse."""
 
     solver: AbstractSolver
+    max_corrections: int = 16
     has_state: ClassVar[bool] = False
     iterates: ClassVar[bool] = True
     can_step_back: ClassVar[bool] = True
@@ -167,6 +171,7 @@ class NoReversal(AbstractReversal):
     """Steps that cannot be undone. All of them are made again, from stored states."""
 
     solver: AbstractSolver
+    max_corrections: int = 0
     has_state: ClassVar[bool] = True
     iterates: ClassVar[bool] = False
     can_step_back: ClassVar[bool] = False

@@ -261,7 +261,7 @@ class ReversePass(eqx.Module):
             first = stored.last()
             length = position.index - first
             state = stored.read(first, start)
-            again = (length > limit) | _is_less_work(length, stored.num_free, rate)
+            again = (length > limit) | self._is_less_work(length, stored.num_free, rate)
             if not closed.reversal.can_step_back:
                 again = jnp.array(True)
             again = again & (length > 1)
@@ -298,21 +298,23 @@ class ReversePass(eqx.Module):
         )
         return position, worst, trace
 
+    def _is_less_work(
+        self, length: IntScalarLike, num_free: IntScalarLike, rate: RealScalarLike
+    ) -> BoolScalarLike:
+        """Whether to make a segment again is less work than to undo it, if that takes
+        `rate` corrections for each step.
+
+        If there is room for all of its states then each step has to be made again once.
+        That is about as much work as a guess of where it started; the full certificate
+        is more in any case. If there is room for some of them, and then for all of
+        those between, then each has to be made twice. A correction is as much work as
+        that."""
+        once = length - 2 <= num_free
+        if self.step.closed.certificate != "full":
+            once = once & (rate > 0.1)
+        twice = length <= (num_free // 2 + 1) ** 2
+        return once | (twice & (rate > 0.6))
+
 
 def _cotangents(position: Position) -> PyTree[Array]:
     return position.grad_y, position.grad_solver_state, position.grads
-
-
-def _is_less_work(
-    length: IntScalarLike, num_free: IntScalarLike, rate: RealScalarLike
-) -> BoolScalarLike:
-    """Whether to make a segment again is less work than to undo it, if that takes
-    `rate` corrections for each step.
-
-    If there is room for all of its states then each step has to be made again once,
-    which is as much work as a guess of where it started, without the certificate. If
-    there is room for some of them, and then for all of those between, then each has to
-    be made twice, and a correction is as much work as that."""
-    once = length - 2 <= num_free
-    twice = length <= (num_free // 2 + 1) ** 2
-    return once | (twice & (rate > 0.6))

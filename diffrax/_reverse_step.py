@@ -108,6 +108,7 @@ class ReverseStep(eqx.Module):
             self.record.read(index, self.num_steps)
         )
         has_output = self._has_output(position, step)
+        position = self._before_jump(position, step)
         linearise = ft.partial(
             self._linearise, step, has_output, pull_back_controls is not None
         )
@@ -127,6 +128,7 @@ class ReverseStep(eqx.Module):
                 position.y,
                 known,
                 known_y0,
+                closed.max_corrections,
             )
             y0, corrections = inverted.y0, inverted.num_corrections
             y1, aux = inverted.aux
@@ -181,6 +183,23 @@ class ReverseStep(eqx.Module):
             lambda s: s.controls, step, controls, is_leaf=lambda x: x is None
         )
         return step, pull_back
+
+    def _before_jump(self, position: Position, step: Step) -> Position:
+        """The vector field before a jump is not that of the step that starts there."""
+        closed = self.closed
+        if closed.increment is None or step.next_made_jump is False:
+            return position
+        args, terms, _ = self.params
+        hint = lax.cond(
+            eqxi.unvmap_any(step.next_made_jump),
+            lambda: where(
+                step.next_made_jump,
+                closed.vf(terms, step.t1, position.y, args),
+                position.hint,
+            ),
+            lambda: position.hint,
+        )
+        return eqx.tree_at(lambda p: p.hint, position, hint)
 
     def _step_back(self, step: Step, y1: Y, hint: PyTree) -> tuple[Y, PyTree]:
         args, terms, _ = self.params

@@ -71,7 +71,7 @@ def _reversible_loop_bwd(
     residuals, grad_final_state__aux_stats, inputs = eqxi.nondifferentiable(
         (residuals, grad_final_state__aux_stats, inputs),
         msg=f"Cannot differentiate twice when using `adjoint={closed.name}()`. "
-        "Consider using `adjoint=RecursiveCheckpointAdjoint()` instead.",
+        "Consider using `adjoint=DirectAdjoint()` instead.",
     )
     y1, solver_state1, num_steps, num_ts, num_saved, record, stored = residuals
     grad_final_state, _ = grad_final_state__aux_stats

@@ -183,10 +183,16 @@ _forward = {
 }
 
 
+def _closed_over_loss(args):
+    term = diffrax.ODETerm(lambda t, y, _: args * jnp.sin(y))
+    return _loss(None, terms=term)
+
+
+@pytest.mark.parametrize("loss", (_loss, _closed_over_loss), ids=("args", "closed"))
 @pytest.mark.parametrize("mode", _forward)
-def test_forward_mode(mode):
+def test_forward_mode(mode, loss):
     with pytest.raises(NotImplementedError, match="Consider using .*ForwardMode"):
-        jax.block_until_ready(_forward[mode](_loss))
+        jax.block_until_ready(_forward[mode](loss))
 
 
 _twice = {
@@ -201,8 +207,18 @@ _twice = {
 
 @pytest.mark.parametrize("mode", _twice)
 def test_second_derivative(mode):
-    with pytest.raises(Exception, match="Cannot differentiate twice"):
+    with pytest.raises(Exception, match="Cannot differentiate twice.*DirectAdjoint"):
         jax.block_until_ready(_twice[mode](_loss))
+
+
+def test_second_derivative_remedy():
+    # The one that the error names.
+    loss = lambda args: _loss(args, adjoint=diffrax.DirectAdjoint())
+    eps = 1e-4
+    grad = jax.jit(jax.grad(loss))
+    difference = (grad(jnp.array(1 + eps)) - grad(jnp.array(1 - eps))) / (2 * eps)
+    second = jax.jit(jax.grad(jax.grad(loss)))(jnp.array(1.0))
+    np.testing.assert_allclose(second, difference, rtol=1e-6)
 
 
 class _OwnController(diffrax.AbstractStepSizeController):

@@ -1,5 +1,6 @@
 """The certificate: whether it tells the truth, and whether it is told."""
 
+import functools as ft
 import importlib.util
 import pathlib
 import sys
@@ -66,16 +67,28 @@ def test_trusted_is_right(problem, dtype, checkpoints):
 #
 
 
-@jax.jit
-def _random_errors(key, rate, dt0):
-    """The relative errors of gradients, for an equation with leaves of very different
-    scales that contracts at some rate."""
+@ft.partial(jax.jit, static_argnames="layout")
+def _random_errors(key, rate, dt0, layout):
+    """The relative errors of gradients, for an equation with values of very different
+    scales that contracts at some rate. These are in different leaves; or in one; or
+    become large only after a while."""
     weights = jr.normal(key, (4, 4)) / 2
+    scale = jnp.array([1.0, 1.0, 1e-9, 1e-9])
+    if layout == "leaves":
+        split, join = (
+            lambda y: {"a": y[:2], "b": y[2:]},
+            lambda y: jnp.concatenate([y["a"], y["b"]]),
+        )
+    else:
+        split = join = lambda y: y
 
     def field(t, y, weights):
-        both = jnp.concatenate([y["a"], 1e9 * y["b"]])
-        out = jnp.sin(t) + jnp.tanh(weights @ both) - rate * both
-        return {"a": out[:2], "b": 1e-9 * out[2:]}
+        y = join(y)
+        both = y / scale
+        out = scale * (jnp.sin(t) + jnp.tanh(weights @ both) - rate * both)
+        if layout == "growing":
+            out = jnp.where(t < 0.5, out, 40 * y)
+        return split(out)
 
     def grad(adjoint):
         def loss(params):
@@ -93,10 +106,11 @@ def _random_errors(key, rate, dt0):
                 throw=False,
             )
             assert sol.ys is not None
-            return jnp.sum(sol.ys["a"] ** 2) + 1e18 * jnp.sum(sol.ys["b"] ** 2)
+            return jnp.sum((join(jtu.tree_map(lambda y: y[-1], sol.ys)) / scale) ** 2)
 
-        y0 = {"a": jnp.array([1.0, -1.0]), "b": jnp.array([1e-9, 2e-9])}
-        return jax.grad(loss)((y0, weights))
+        y0 = split(scale * jnp.array([1.0, -1.0, 1.0, 2.0]))
+        grad_y0, grad_weights = jax.grad(loss)((y0, weights))
+        return join(grad_y0) * scale, grad_weights
 
     def error(adjoint):
         pairs = zip(jtu.tree_leaves(grad(adjoint)), jtu.tree_leaves(expected))
@@ -110,6 +124,7 @@ def _random_errors(key, rate, dt0):
     return without, with_, error(adjoint(3)), error(adjoint(0, on_failure="nan"))
 
 
+@pytest.mark.parametrize("layout", ("leaves", "stacked", "growing"))
 @hypothesis.given(
     seed=st.integers(0, 2**31 - 1),
     rate=st.floats(0.0, 60.0),
@@ -121,10 +136,10 @@ def _random_errors(key, rate, dt0):
     derandomize=True,
     phases=(hypothesis.Phase.explicit, hypothesis.Phase.generate),
 )
-def test_right_or_refused(seed, rate, num_steps):
+def test_right_or_refused(layout, seed, rate, num_steps):
     # For some of these the steps are so large that the solve itself is unstable.
     without, with_, refined, certified = _random_errors(
-        jr.key(seed), jnp.array(rate), jnp.array(1 / num_steps)
+        jr.key(seed), jnp.array(rate), jnp.array(1 / num_steps), layout
     )
     # Refinement ends, and what comes of it is right.
     assert refined <= 1e-10
@@ -132,6 +147,47 @@ def test_right_or_refused(seed, rate, num_steps):
     assert certified <= 1e-7 or jnp.isnan(certified)
     # Returning to states that were stored does no harm.
     assert with_ <= 2 * without or with_ <= 1e-12 or jnp.isnan(without)
+
+
+def _grows(t, y, args):
+    # It contracts so much that going back over it is not possible, and then grows.
+    return jnp.where(t < 2, -args * (y**3 - jnp.cos(3 * t) - 1.2), 10 * y)
+
+
+def _has_a_large_entry(t, y, args):
+    return jnp.stack([1e8 * jnp.cos(t), -args * (y[1] ** 3 - jnp.cos(3 * t) - 1.2)])
+
+
+@pytest.mark.parametrize("num_steps, checkpoints", ((100, 16), (400, 4)))
+@pytest.mark.parametrize(
+    "field, y0, args",
+    ((_grows, [1.0], 3.0), (_has_a_large_entry, [1e8, 1.0], 5.0)),
+    ids=("later", "in the same leaf"),
+)
+def test_large_values_hide_nothing(field, y0, args, num_steps, checkpoints):
+    def loss(args, adjoint):
+        sol = diffrax.diffeqsolve(
+            diffrax.ODETerm(field),
+            diffrax.Tsit5(),
+            0.0,
+            5.0,
+            5.0 / num_steps,
+            jnp.array(y0),
+            args,
+            adjoint=adjoint,
+            max_steps=512,
+        )
+        assert sol.ys is not None
+        return jnp.log(jnp.abs(sol.ys[-1, -1]))
+
+    value, expected = (
+        jax.jit(jax.grad(loss), static_argnums=1)(jnp.array(args), adjoint)
+        for adjoint in (
+            diffrax.ReversibleAdjoint(checkpoints),
+            diffrax.RecursiveCheckpointAdjoint(),
+        )
+    )
+    np.testing.assert_allclose(value, expected, rtol=1e-10)
 
 
 #
@@ -182,7 +238,7 @@ def test_report(checkpoints, t1):
     np.testing.assert_allclose(steps.t1[:-1], steps.t0[1:], rtol=0)
     assert steps.t1[-1] == t1
     # Each step starts from a known state or is found to start somewhere, or both: the
-    # last one of a long segment.
+    # last one of a segment that was undone.
     known, undone = ~jnp.isnan(steps.drift), ~jnp.isnan(steps.residual)
     assert jnp.all(known | undone)
     assert bool(known[0])
@@ -208,6 +264,18 @@ def test_report_of_a_batch():
     np.testing.assert_array_equal(batch.num_steps, 50)
     np.testing.assert_allclose(batch.t0[1], one.t0)
     np.testing.assert_array_equal(batch.replays[1] > 0, one.replays > 0)
+
+
+@pytest.mark.parametrize("max_corrections", (0, 1))
+def test_corrections_are_bounded(max_corrections):
+    solver = diffrax.FixedPointReversible(diffrax.Heun(), max_corrections)
+    report = eqx.filter_jit(diffrax.reversal_report)(
+        # Steps so large that more would be needed.
+        lambda adjoint, y0: _loss(adjoint, y0, 1.5, solver=solver, dt0=0.1),
+        _y0,
+        adjoint=diffrax.ReversibleAdjoint(0),
+    )
+    assert jnp.max(report.corrections) == max_corrections
 
 
 @pytest.mark.parametrize(

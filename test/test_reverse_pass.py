@@ -164,10 +164,87 @@ def test_hard_solvers(solver, controller):
     assert max(_errors(out, expected)) <= 1e-9
 
 
+def test_undone_before_a_jump():
+    # Without anything stored: the vector field after a jump tells nothing of that
+    # before it.
+    def loss(args, adjoint):
+        field = lambda t, y, args: jnp.where(t < 1.03, args, -3 * args) * jnp.cos(y)
+        controller = diffrax.ClipStepSizeController(
+            diffrax.PIDController(rtol=1e-8, atol=1e-8), jump_ts=jnp.array([1.03])
+        )
+        sol = diffrax.diffeqsolve(
+            diffrax.ODETerm(field),
+            diffrax.Tsit5(),
+            0.0,
+            2.0,
+            None,
+            jnp.array([0.3, 0.1]),
+            args,
+            stepsize_controller=controller,
+            adjoint=adjoint,
+            max_steps=256,
+        )
+        assert sol.ys is not None
+        return jnp.sum(sol.ys)
+
+    gradient, expected = (
+        jax.jit(jax.grad(loss), static_argnums=1)(jnp.array(0.7), adjoint)
+        for adjoint in (
+            diffrax.ReversibleAdjoint(checkpoints=0),
+            diffrax.RecursiveCheckpointAdjoint(),
+        )
+    )
+    np.testing.assert_allclose(gradient, expected, rtol=1e-11)
+
+
+class _HasGain(diffrax.ODETerm):
+    gain: float = 2.0
+
+
+class _AsksForGain(diffrax.Euler):
+    def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
+        # `diffeqsolve` wraps every term once.
+        vf = terms.term.gain * terms.vf(t0, y0, args)
+        y1 = y0 + terms.prod(vf, terms.contr(t0, t1))
+        result = diffrax.RESULTS.successful
+        return y1, None, dict(y0=y0, y1=y1), None, result
+
+
+def test_solver_with_a_term_of_its_own():
+    def loss(args, adjoint):
+        sol = diffrax.diffeqsolve(
+            _HasGain(lambda t, y, args: args * jnp.sin(y)),
+            _AsksForGain(),
+            0.0,
+            1.0,
+            0.1,
+            jnp.array([0.3, 0.1]),
+            args,
+            adjoint=adjoint,
+            max_steps=16,
+        )
+        assert sol.ys is not None
+        return jnp.sum(sol.ys)
+
+    gradient, expected = (
+        jax.jit(jax.grad(loss), static_argnums=1)(jnp.array(0.7), adjoint)
+        for adjoint in (
+            diffrax.ReversibleAdjoint(checkpoints=1),
+            diffrax.RecursiveCheckpointAdjoint(),
+        )
+    )
+    np.testing.assert_allclose(gradient, expected, rtol=1e-12)
+
+
+def test_checkpoints_of_numpy():
+    assert diffrax.ReversibleAdjoint(np.int64(4)).checkpoints == 4  # pyright: ignore
+
+
 @pytest.mark.parametrize(
     "name, value",
     (
         ("checkpoints", -1),
+        ("checkpoints", 1.5),
         ("checkpoints", True),
         ("certificate", "on"),
         ("on_failure", "pass"),

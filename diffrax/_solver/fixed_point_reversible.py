@@ -21,7 +21,7 @@ from .._custom_types import (
     Y,
 )
 from .._invert_step import invert_step
-from .._known_controls import is_single_term
+from .._known_controls import is_single_term, TermWithControl
 from .._local_interpolation import AbstractLocalInterpolation
 from .._solution import RESULTS
 from .._term import AbstractTerm
@@ -187,12 +187,20 @@ class FixedPointReversible(AbstractReversibleSolver, AbstractWrappedSolver):
         inverted = invert_step(
             step, step_back, y1, max_corrections=self.max_corrections
         )
+        eps = [float(jnp.finfo(x.dtype).eps) for x in jtu.tree_leaves(y1)]
+        y0 = eqx.error_if(
+            inverted.y0,
+            # As much as `ReversibleAdjoint` tolerates.
+            ~(inverted.error <= max(eps, default=1.0) ** (-1 / 3)),
+            "`FixedPointReversible(...).backward_step` could not undo a step: none of "
+            "the starts that it tried leads to `y1`. Consider making smaller steps.",
+        )
         dense_info, vf0 = inverted.aux
         if fresh is None:
             solver_state = None
         else:
             solver_state = jnp.array(False), vf0
-        return inverted.y0, dense_info, solver_state
+        return y0, dense_info, solver_state
 
 
 FixedPointReversible.__init__.__doc__ = """**Arguments:**
@@ -205,7 +213,9 @@ FixedPointReversible.__init__.__doc__ = """**Arguments:**
 **Raises:**
 
 `ValueError` if `solver` is already reversible, or (when solving) if it carries a state
-that cannot be reconstructed.
+that cannot be reconstructed. `backward_step` raises an error at run time if it finds no
+start that leads to where the step ended, up to a third of the digits. (In that case
+[`diffrax.ReversibleAdjoint`][] makes the step again.)
 """
 
 
@@ -308,30 +318,16 @@ class UnrolledSolver(eqx.Module):
         return _stages(self._tableau, terms, t0, t1, y0, args, control, k0)
 
 
-class _BackwardTerm(AbstractTerm):
+class _BackwardTerm(TermWithControl):
     """A term over intervals that are passed through backward: its control is the
     negative of what it is forward, so that it need not be defined for `t1 < t0`."""
-
-    term: AbstractTerm
-
-    def vf(self, t, y, args):
-        return self.term.vf(t, y, args)
 
     def contr(self, t0, t1, **kwargs):
         return jtu.tree_map(
             _reverse_control,
-            self.term.contr(t1, t0, **kwargs),
+            self.wrapped.contr(t1, t0, **kwargs),
             is_leaf=_is_increment,
         )
-
-    def prod(self, vf, control):
-        return self.term.prod(vf, control)
-
-    def vf_prod(self, t, y, args, control):
-        return self.term.vf_prod(t, y, args, control)
-
-    def is_vf_expensive(self, t0, t1, y, args):
-        return self.term.is_vf_expensive(t0, t1, y, args)
 
 
 def _is_increment(x: Any) -> bool:
