@@ -14,10 +14,11 @@ problems any two ways of computing it differ by that much.) Rows with `checkpoin
 `certificate="cheap"` are there because they may fail: their certificate is to be large.
 (They are computed with `on_failure="ignore"`.)
 
-Of the problems, `hump`, `wiggle` and `small_leaf` are made to mislead. On the first,
-going back errs and then returns to where it should be; on the second, the gradient is
-more sensitive than the state; on the third, what is wrong is one leaf which is 1e-8
-times as large as the other.
+Of the problems, the last five are made to mislead. On `hump`, going back errs and then
+returns to where it should be; on `wiggle`, the gradient is more sensitive than the
+state; on `small_leaf`, what is wrong is one leaf which is 1e-8 times as large as the
+other, and on `small_entry` an entry of the same leaf; on `growing`, the solution is
+1e13 times as large in the end as it is where going back is not possible.
 
 Takes about 20 minutes on 2 CPU cores. Writes `certificate.jsonl` and `certificate.png`.
 """
@@ -47,6 +48,8 @@ class Problem:
     t1: float
     params: PyTree[Array]
     y0: PyTree[Array]
+    # What is to count for itself.
+    parts: Callable[[PyTree[Array]], PyTree[Array]] = lambda y: y
 
 
 def _lorenz(t, y, params):
@@ -101,6 +104,18 @@ def _small_leaf(t, y, rate):
     return -large, -rate * small * large
 
 
+def _contracting(t, y, rate):
+    return -rate * (y**3 - jnp.cos(3 * t) - 1.2)
+
+
+def _small_entry(t, y, rate):
+    return jnp.stack([1e8 * jnp.cos(t), _contracting(t, y[1], rate)])
+
+
+def _growing(t, y, rate):
+    return jnp.where(t < 2, _contracting(t, y, rate), 10 * y)
+
+
 def make_problems() -> dict[str, Problem]:
     """Made in the precision that JAX is set to."""
     grid = jnp.linspace(0, 1, 66)[1:-1]
@@ -122,6 +137,10 @@ def make_problems() -> dict[str, Problem]:
         small_leaf=Problem(
             _small_leaf, 4.0, jnp.array(15.0), (jnp.ones(2), 1e-8 * jnp.ones(2))
         ),
+        small_entry=Problem(
+            _small_entry, 5.0, jnp.array(5.0), jnp.array([1e8, 1.0]), tuple
+        ),
+        growing=Problem(_growing, 5.0, jnp.array(3.0), jnp.ones(1)),
     )
 
 
@@ -150,6 +169,7 @@ class Case:
 
 
 _tolerances = (1e-3, 1e-6, 1e-9)
+_misleading = "hump", "wiggle", "small_leaf", "small_entry", "growing"
 
 
 def cases() -> Iterator[Case]:
@@ -164,11 +184,15 @@ def cases() -> Iterator[Case]:
         ("hump", (300, 3000)),
         ("wiggle", (100, 400)),
         ("small_leaf", (200, 1000)),
+        ("small_entry", (100, 1000)),
+        ("growing", (100, 1000)),
     ):
         for dtype in ("float64", "float32"):
             yield Case(problem, steps, dtype)
+        # With so few, most are undone, rather than made again.
+        yield Case(problem, steps, checkpoints=4)
         yield Case(problem, steps, checkpoints=0)
-    for problem in ("hump", "wiggle", "small_leaf"):
+    for problem in _misleading:
         yield Case(problem, (300,), checkpoints=0, certificate="cheap")
     for problem in ("lorenz", "van_der_pol"):
         yield Case(problem, _tolerances)
@@ -220,8 +244,9 @@ def measure(case: Case) -> Iterator[dict[str, Any]]:
             max_steps=max_steps,
             throw=False,
         )
-        # Each leaf counts, however small it is.
-        sizes = [jnp.sum(y[-1] ** 2) for y in jtu.tree_leaves(sol.ys)]
+        # Each part counts, however small it is.
+        ends = problem.parts(jtu.tree_map(lambda y: y[-1], sol.ys))
+        sizes = [jnp.sum(y**2) for y in jtu.tree_leaves(ends)]
         return sum((x / jax.lax.stop_gradient(x) for x in sizes), jnp.array(0.0))
 
     adjoint = diffrax.ReversibleAdjoint(case.checkpoints, case.certificate)
@@ -282,7 +307,7 @@ def is_right(row: dict[str, Any]) -> bool:
 
 
 def misleads(row: dict[str, Any]) -> bool:
-    return row["problem"] in ("hump", "wiggle", "small_leaf")
+    return row["problem"] in _misleading
 
 
 def is_cheap(row: dict[str, Any]) -> bool:
