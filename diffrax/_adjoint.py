@@ -59,9 +59,8 @@ from ._upstream_adjoint import (
 
 def _as_int(x: Any) -> Any:
     # Of NumPy, say. What is none is refused later.
-    return (
-        x if isinstance(x, bool) or not hasattr(x, "__index__") else operator.index(x)
-    )
+    is_index = hasattr(x, "__index__") and not isinstance(x, bool)
+    return operator.index(x) if is_index else x
 
 
 class ReversibleAdjoint(AbstractAdjoint):
@@ -96,20 +95,24 @@ class ReversibleAdjoint(AbstractAdjoint):
     going back over the segment has drifted, or that a step of it could not be undone,
     then the segment is made again from its stored start, storing states that are nearer
     to each other, and differentiated again; if need be down to single steps, which are
-    right as they are. So also the gradients of stiff, of dissipative and of chaotic
-    problems are exact, for up to about the cost of
+    right as they are. A segment that is so short that there is room for all of its
+    states is made again at once, which is less work. So also the gradients of stiff, of
+    dissipative and of chaotic problems are exact, for up to about the cost of
     [`diffrax.RecursiveCheckpointAdjoint`][].
 
     **The certificate** tells whether going back over a segment has drifted. It is the
     largest of: how far the step from the stored state ends from where going back had
     come by; how large an error of the size of rounding becomes that is carried along
-    (which shows where errors are expanded and then contracted again); and, if the
-    segment has ten or more steps, what difference it makes to the cotangents of its
-    first step whether that is taken to start from the stored state, or from where going
-    back would have it start (which shows whether the gradient is more sensitive than
-    the state). Each leaf of `y` counts for itself, relative to how large it has become.
-    What is tolerated is the machine epsilon to the power of 2/3: two thirds of the
-    digits are right. [`diffrax.reversal_report`][] returns all of these numbers.
+    (which shows where errors are expanded and then contracted again); and what
+    difference it makes to the cotangents, of `y` and of all parameters, whether the
+    first step of the segment is taken to start from the stored state, or from where
+    going back would have it start (which shows whether the gradient is more sensitive
+    than the state). Each entry of `y` counts for itself, relative to how large it is at
+    the start or at the end of the segment. (Entries of less than 1e-4 of the largest
+    one of their leaf are taken to be of that size, in 64-bit precision; if they matter,
+    the cotangents show it.) What is tolerated is the machine epsilon to the power of
+    2/3: two thirds of the digits are right. [`diffrax.reversal_report`][] returns all
+    of these numbers.
 
     Gradients are computed with respect to `y0`, `args`, `terms`, `solver_state` (if
     passed), and whatever the vector field closes over, through `SaveAt(t0=..., t1=...,
@@ -292,10 +295,10 @@ ReversibleAdjoint.__init__.__doc__ = """**Arguments:**
     the way back there is room for as many again. With more than the number of steps,
     everything is stored. With zero, nothing is, and no step is made again.
 - `certificate`: Either `"full"`; or `"cheap"`, which is only the first of its three
-    parts, and costs nothing; or `"off"`, with which no step is made again because of
-    it, and gradients may be wrong. The full one takes two evaluations of the vector
-    field for each step that is undone numerically, or undoing each step a second time;
-    and one step more for each segment.
+    parts, costs nothing, and may be misled; or `"off"`, with which no step is made
+    again because of it, and gradients may be wrong. The full one takes two evaluations
+    of the vector field for each step that is undone numerically, or undoing each step a
+    second time; and one step more for each segment.
 - `on_failure`: What to do with a gradient that has fewer than half of its digits
     according to the certificate, which may happen only with `checkpoints=0`: `"raise"`
     an error (with `diffeqsolve(..., throw=False)` this is as `"nan"`); `"nan"`, to make

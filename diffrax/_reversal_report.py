@@ -32,9 +32,10 @@ class ReversalReport(eqx.Module):
     - `rounding`: At every other step, with `certificate="full"`: how large an error of
         the size of rounding has become there that is carried along, since the last
         known state.
-    - `cotangents`: At a step from a known state at the start of a long segment, with
-        `certificate="full"`: what difference it makes to the cotangents of `y` that it
-        starts from there, and not from where going back would have had it start.
+    - `cotangents`: At the first step of each segment that was undone, with
+        `certificate="full"`: what difference it makes to the cotangents, of `y` and of
+        all parameters, that it starts from a known state, and not from where going back
+        would have had it start. Relative to the norm of each leaf.
     - `corrections`: How many times a guess of where the step had started was corrected.
     - `replays`: How many times the step was made again.
     - `num_steps`: How many accepted steps there are. Of shape `()`.

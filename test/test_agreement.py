@@ -33,7 +33,7 @@ _quick_to_compile = (
     "Heun",
     "UReversible(Euler)",
     "HalfSolver(ReversibleHeun)",
-    "Bosh3",
+    "Tsit5",
     "UReversible(Heun)",
 )
 

@@ -386,3 +386,15 @@ def test_least_cost(solver, num_stages, checkpoints, certificate):
         n += 1
     assert expected - 1 <= primal <= expected
     assert linearised == transposed == num_stages * n
+
+
+@pytest.mark.parametrize("checkpoints", (16, 64, 100))
+def test_cost_of_making_again(checkpoints):
+    # If there is room for all states of each segment then nothing is undone, and each
+    # step that starts from no stored state is made again once.
+    n, num_stages = 100, 6
+    adjoint = diffrax.ReversibleAdjoint(checkpoints)
+    primal, linearised, transposed = _count(adjoint, diffrax.Tsit5(), n, 1e-3, 1.0)
+    # From a stored state, the first stage has to be evaluated, too.
+    assert primal <= num_stages * n + (num_stages + 1) * (n - checkpoints) + 2
+    assert linearised == transposed == num_stages * n

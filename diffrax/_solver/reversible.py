@@ -129,7 +129,10 @@ class UReversible(
             the gap exceeds `max_gap` times the root-mean-square value of the solution
             so far, unless that can be put down to the error estimates: to steps that
             are large, rather than unstable. (Around Euler's method, which cannot tell
-            the two apart, if it exceeds 30 times as much.)
+            the two apart, if it exceeds 30 times as much.) Each leaf of `y0` counts for
+            itself, but not each entry: values of very different sizes belong into
+            leaves of their own, or else a gap that is large for a small one of them
+            does not fail a solve with constant steps.
 
     ??? cite "Reference"
 
