@@ -15,7 +15,8 @@ Forward it is 6 evaluations a step, and 6 more and 6 transposed ones for its der
 for each of the two. To that adds, for `RecursiveCheckpointAdjoint`, making steps again:
 6 for each, and once or several times for every step. For `ReversibleAdjoint`, it is 5
 for undoing the step, 2 for the certificate, 12 for each correction, and 6 for each step
-that is made again. The expectation is that the ratio is never over 1.5.
+that is made again. The expectation is that the ratio is never over 1.5, and that it is
+less than 1 as a rule.
 
 These are counts, exact on any machine. Takes about ten minutes on 2 CPU cores.
 """

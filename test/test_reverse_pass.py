@@ -204,7 +204,7 @@ class _HasGain(diffrax.ODETerm):
 class _AsksForGain(diffrax.Euler):
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
         # `diffeqsolve` wraps every term once.
-        vf = terms.term.gain * terms.vf(t0, y0, args)
+        vf = terms.term.gain * terms.vf(t0, y0, args)  # pyright: ignore
         y1 = y0 + terms.prod(vf, terms.contr(t0, t1))
         result = diffrax.RESULTS.successful
         return y1, None, dict(y0=y0, y1=y1), None, result
