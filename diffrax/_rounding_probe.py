@@ -37,7 +37,7 @@ def rounding(tree: PyTree[Array]) -> PyTree[Array]:
 def sketch(tree: PyTree[Array]) -> tuple[PyTree[Array], PyTree[Array]]:
     """For each leaf, its product with a fixed pattern, by which two of them can be told
     apart; and its norm. Both are scalars."""
-    products = jtu.tree_map(lambda x: jnp.sum(_pattern(x) * x), tree)
+    products = jtu.tree_map(lambda x: jnp.sum(_pattern(x).astype(x.dtype) * x), tree)
     norms = jtu.tree_map(lambda x: jnp.sqrt(jnp.sum(jnp.abs(x) ** 2)), tree)
     return products, norms
 
