@@ -4,7 +4,8 @@
 
 prints the relative error of the gradient, for every solver and case (about an hour and
 a half on 2 cores for all of them; less if a part of a name is given).
-`test_agreement.py` checks the same cases. Everything is in float64 unless a case says otherwise.
+`test_agreement.py` checks the same cases. Everything is in float64 unless a case says
+otherwise.
 """
 
 import argparse
