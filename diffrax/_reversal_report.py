@@ -35,7 +35,8 @@ class ReversalReport(eqx.Module):
     - `cotangents`: At the first step of each segment that was undone, with
         `certificate="full"`: what difference it makes to the cotangents, of `y` and of
         all parameters, that it starts from a known state, and not from where going back
-        would have had it start. Relative to the norm of each leaf.
+        would have had it start, times the number of steps of the segment. Relative to
+        the norm of each leaf.
     - `corrections`: How many times a guess of where the step had started was corrected.
     - `replays`: How many times the step was made again.
     - `num_steps`: How many accepted steps there are. Of shape `()`.

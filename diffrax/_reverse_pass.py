@@ -122,7 +122,8 @@ class ReversePass(eqx.Module):
             differs = relative_distance(
                 sketch_, val.sketch, norms, self.step.tolerance()
             )
-            differs = jnp.where(val.tried, differs, 0)
+            # Of every step of the segment, it is only this one that tells.
+            differs = jnp.where(val.tried, (start - index) * differs, 0)
             signals = eqx.tree_at(lambda s: s.cotangents, signals, differs)
             signals = jtu.tree_map(
                 lambda x: jnp.where(jnp.isnan(x), jnp.inf, x), signals

@@ -35,7 +35,8 @@ class Signals(eqx.Module):
         found to start.
     - `rounding`: how large an error has become there that was carried along.
     - `cotangents`: by how much those that come of a known state differ from those that
-        come of the state which going back would have led to.
+        come of the state which going back would have led to, times the number of steps
+        of the segment.
     """
 
     drift: Real[Array, ""]
