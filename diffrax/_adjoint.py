@@ -107,11 +107,12 @@ class ReversibleAdjoint(AbstractAdjoint):
     difference it makes to the cotangents, of `y` and of all parameters, whether the
     first step of the segment is taken to start from the stored state, or from where
     going back would have it start, times the number of steps of the segment (which
-    shows whether the gradient is more sensitive than the state). Each entry of `y` counts for itself, relative to how large it is at
-    the start or at the end of the segment. (Entries of less than 1e-4 of the largest
-    one of their leaf are taken to be of that size, in 64-bit precision; if they matter,
-    the cotangents show it.) What is tolerated is the machine epsilon to the power of
-    2/3: two thirds of the digits are right. [`diffrax.reversal_report`][] returns all
+    shows whether the gradient is more sensitive than the state). Each entry of `y`
+    counts for itself, relative to how large it is at the start or at the end of the
+    segment. (Entries of less than 1e-4 of the largest one of their leaf are taken to be
+    of that size, in 64-bit precision; if they matter, the cotangents show it.) What is
+    tolerated is the machine epsilon to the power of 2/3: two thirds of the digits are
+    right. [`diffrax.reversal_report`][] returns all
     of these numbers.
 
     Gradients are computed with respect to `y0`, `args`, `terms`, `solver_state` (if
