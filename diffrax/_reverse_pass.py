@@ -123,7 +123,8 @@ class ReversePass(eqx.Module):
                 sketch_, val.sketch, norms, self.step.tolerance()
             )
             # Of every step of the segment, it is only this one that tells.
-            differs = jnp.where(val.tried, (start - index) * differs, 0)
+            length = jnp.asarray(start - index, differs.dtype)
+            differs = jnp.where(val.tried, length * differs, 0)
             signals = eqx.tree_at(lambda s: s.cotangents, signals, differs)
             signals = jtu.tree_map(
                 lambda x: jnp.where(jnp.isnan(x), jnp.inf, x), signals
