@@ -122,6 +122,31 @@ class ReversibleAdjoint(AbstractAdjoint):
     `Solution.solver_state` and `Solution.controller_state`; a gradient) raises an
     error.
 
+    !!! example
+
+        ```python
+        import diffrax
+        import jax
+        import jax.numpy as jnp
+
+        def loss(rate):
+            term = diffrax.ODETerm(lambda t, y, args: -args * y)
+            sol = diffrax.diffeqsolve(
+                term,
+                diffrax.Tsit5(),
+                t0=0,
+                t1=1,
+                dt0=0.001,
+                y0=jnp.array(1.0),
+                args=rate,
+                adjoint=diffrax.ReversibleAdjoint(),
+            )
+            return sol.ys[-1]
+
+        gradient = jax.grad(loss)(2.0)
+        assert jnp.allclose(gradient, -jnp.exp(-2.0), rtol=1e-4)
+        ```
+
     !!! warning "When not to use this"
 
         If memory is not what limits you, or if every step has to be made again anyway

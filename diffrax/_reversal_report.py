@@ -80,12 +80,20 @@ def reversal_report(
     !!! example
 
         ```python
+        import diffrax
+        import jax.numpy as jnp
+
         def loss(adjoint, y0):
-            sol = diffrax.diffeqsolve(..., y0=y0, adjoint=adjoint)
+            term = diffrax.ODETerm(lambda t, y, args: -y)
+            solver = diffrax.Tsit5()
+            sol = diffrax.diffeqsolve(
+                term, solver, t0=0, t1=20, dt0=0.1, y0=y0, adjoint=adjoint
+            )
             return jnp.sum(sol.ys)
 
-        report = diffrax.reversal_report(loss, y0)
-        plt.semilogy(report.t0, report.drift, "o")
+        report = diffrax.reversal_report(loss, jnp.array([1.0, 2.0]))
+        assert report.certificate <= report.tolerance
+        print(report.num_steps, jnp.nanmax(report.drift), jnp.sum(report.replays))
         ```
 
     **Arguments:**

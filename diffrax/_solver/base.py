@@ -33,6 +33,15 @@ class AbstractReversibleSolver(AbstractSolver[_SolverState]):
     The law that every subclass must obey: for every step, up to rounding,
 
     ```python
+    import diffrax
+    import equinox as eqx
+    import jax.numpy as jnp
+
+    solver = diffrax.ReversibleHeun()
+    terms = diffrax.ODETerm(lambda t, y, args: jnp.sin(y) + t)
+    t0, t1, y0, args, made_jump = 0.1, 0.3, jnp.array([1.0, 2.0]), None, False
+    solver_state0 = solver.init(terms, t0, t1, y0, args)
+
     y1, _, dense_info, solver_state1, _ = solver.step(
         terms, t0, t1, y0, args, solver_state0, made_jump
     )
@@ -40,8 +49,8 @@ class AbstractReversibleSolver(AbstractSolver[_SolverState]):
     solver_state1 = solver.restore_state(
         terms, t1, y1, args, solver_state1, recorded, made_jump=False
     )
-    solver.backward_step(terms, t0, t1, y1, args, solver_state1, made_jump)
-    # == (y0, dense_info, solver_state0)
+    back = solver.backward_step(terms, t0, t1, y1, args, solver_state1, made_jump)
+    assert eqx.tree_equal(back, (y0, dense_info, solver_state0), rtol=1e-5)
     ```
 
     Most solvers need neither `record_state` nor `restore_state`, whose defaults record

@@ -71,6 +71,20 @@ class FixedPointReversible(AbstractReversibleSolver, AbstractWrappedSolver):
     unstable, which is the case wherever solutions approach each other. This is why
     [`diffrax.ReversibleAdjoint`][] stores states, and checks against them.
 
+    !!! example
+
+        ```python
+        import diffrax
+        import jax.numpy as jnp
+
+        solver = diffrax.FixedPointReversible(diffrax.Heun())
+        terms = diffrax.ODETerm(lambda t, y, args: jnp.sin(y))
+        t0, t1, y0 = 0.0, 0.1, jnp.array([1.0, 2.0])
+        y1, *_ = solver.step(terms, t0, t1, y0, None, None, made_jump=False)
+        back, *_ = solver.backward_step(terms, t0, t1, y1, None, None, made_jump=False)
+        assert jnp.allclose(back, y0, rtol=1e-5)
+        ```
+
     !!! warning "When not to use this"
 
         For stiff problems, and for explicit methods near the limit of their stability,

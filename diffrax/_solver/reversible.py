@@ -110,6 +110,24 @@ class UReversible(
     For more steps choose a coupling parameter nearer to one, so that $n (1 - \lambda)$
     stays below 10 or so.
 
+    !!! example
+
+        ```python
+        import diffrax
+        import jax.numpy as jnp
+
+        sol = diffrax.diffeqsolve(
+            diffrax.ODETerm(lambda t, y, args: jnp.stack([y[1], -y[0]])),
+            diffrax.UReversible(diffrax.Tsit5()),
+            t0=0,
+            t1=1,
+            dt0=0.01,
+            y0=jnp.array([0.0, 1.0]),
+            adjoint=diffrax.ReversibleAdjoint(),
+        )
+        assert jnp.allclose(sol.ys[-1, 0], jnp.sin(1.0), rtol=1e-5)
+        ```
+
     !!! warning "When not to use this"
 
         The coupled pair has a second, spurious mode of solution. Where the solution of
