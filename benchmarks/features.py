@@ -1,0 +1,404 @@
+"""What each adjoint can differentiate.
+
+    python benchmarks/features.py [--feature NAME] [--output FILE]
+    python benchmarks/features.py --smoke
+
+For each feature of `diffeqsolve` and each adjoint: computes a gradient, and prints how
+far it is from the reference (relative to its largest entry); or the first line of the
+error. The reference is the first of `RecursiveCheckpointAdjoint`, `DirectAdjoint` and
+`ForwardMode` that can do it. With `ForwardMode` the derivative is taken in forward
+mode, as that is all it can do. All in float64, on small problems.
+
+Takes about three minutes on 2 CPU cores. With `--output` it writes one line of JSON for
+each feature, from which the table of the documentation is made:
+
+    python benchmarks/features.py --output docs/measured/features.jsonl
+
+`--smoke` fails if that file says of a feature that it works and it does not, or the
+other way round.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+import lineax as lx
+import optimistix as optx
+from jaxtyping import Array, PyTree
+
+
+STORED = pathlib.Path(__file__).parent.parent / "docs" / "measured" / "features.jsonl"
+ADJOINTS: dict[str, diffrax.AbstractAdjoint] = {
+    "RecursiveCheckpointAdjoint": diffrax.RecursiveCheckpointAdjoint(),
+    "DirectAdjoint": diffrax.DirectAdjoint(),
+    "BacksolveAdjoint": diffrax.BacksolveAdjoint(),
+    "ForwardMode": diffrax.ForwardMode(),
+    "ReversibleAdjoint": diffrax.ReversibleAdjoint(),
+}
+REFERENCES = ("RecursiveCheckpointAdjoint", "DirectAdjoint", "ForwardMode")
+# A gradient that is off by more than this is not what the solver computed.
+EXACT = 1e-9
+
+
+class Feature(NamedTuple):
+    """Something to differentiate: `loss(params, adjoint)`, in a group of the table."""
+
+    group: str
+    name: str
+    loss: Callable[[PyTree, diffrax.AbstractAdjoint], Array]
+    derivative: str = "gradient"
+    params: Callable[[], PyTree] = lambda: PARAMS
+
+
+jax.config.update("jax_enable_x64", True)
+# Nearly all of the time goes into compiling.
+jax.config.update("jax_disable_most_optimizations", True)
+
+PARAMS = {"y0": jnp.array([0.7, -0.4]), "a": jnp.array([1.3, 0.5])}
+TS = jnp.array([0.3, 0.55, 0.9])
+
+
+def vector_field(t, y, args):
+    return jnp.stack([y[1], -args[0] * jnp.sin(y[0]) - args[1] * y[1] * jnp.cos(t)])
+
+
+def diagonal_noise(t, y, args):
+    return lx.DiagonalLinearOperator(0.3 * jnp.cos(y) * args)
+
+
+def general_noise(t, y, args):
+    return jnp.outer(jnp.sin(y), args)
+
+
+def additive_noise(t, y, args):
+    return jnp.diag(args)
+
+
+def solve(params: PyTree, adjoint: diffrax.AbstractAdjoint, **kwargs) -> Any:
+    """`diffeqsolve` on a driven pendulum; every argument can be overridden."""
+    defaults = dict(
+        terms=diffrax.ODETerm(vector_field),
+        solver=diffrax.Tsit5(),
+        t0=0.0,
+        t1=1.0,
+        dt0=0.1,
+        y0=params["y0"],
+        args=params["a"],
+        max_steps=64,
+    )
+    return diffrax.diffeqsolve(**(defaults | kwargs), adjoint=adjoint)
+
+
+def saved(**kwargs) -> Callable:
+    """The sum of the squares of all that was saved."""
+
+    def loss(params, adjoint):
+        ys = jtu.tree_leaves(solve(params, adjoint, **kwargs).ys)
+        # Rows that were not written hold infinity.
+        return sum(
+            jnp.sum(jnp.square(jnp.where(jnp.isfinite(y), jnp.abs(y), 0))) for y in ys
+        )
+
+    return loss
+
+
+def _save(**kwargs) -> Callable:
+    return saved(saveat=diffrax.SaveAt(**kwargs))
+
+
+def _dense(params, adjoint):
+    sol = solve(params, adjoint, saveat=diffrax.SaveAt(dense=True))
+    return jnp.sum(sol.evaluate(0.37) ** 2)
+
+
+def _fn_of_args(params, adjoint):
+    fn = lambda t, y, args: jnp.sum(y**2) * args[0]
+    sol = solve(params, adjoint, saveat=diffrax.SaveAt(ts=TS, fn=fn))
+    return jnp.sum(sol.ys)
+
+
+def _solver_state(params, adjoint):
+    saveat = diffrax.SaveAt(t1=True, solver_state=True)
+    sol = solve(params, adjoint, solver=diffrax.ReversibleHeun(), saveat=saveat)
+    return sum(jnp.sum(x**2) for x in jtu.tree_leaves(sol.solver_state))
+
+
+def _times(*names: str) -> tuple[Callable, Callable]:
+    values = {"t0": jnp.array(0.05), "t1": jnp.array(1.02), "dt0": jnp.array(0.45)}
+
+    def loss(params, adjoint):
+        return jnp.sum(solve(params, adjoint, **{n: params[n] for n in names}).ys ** 2)
+
+    return loss, lambda: PARAMS | {n: values[n] for n in names}
+
+
+def _ts(params, adjoint):
+    saveat = diffrax.SaveAt(ts=params["ts"])
+    return jnp.sum(solve(params, adjoint, saveat=saveat).ys ** 2)
+
+
+def _control(params, adjoint):
+    control = diffrax.LinearInterpolation(jnp.linspace(0.0, 1.0, 5), params["xs"])
+    term = diffrax.ControlTerm(lambda t, y, args: jnp.outer(y, args), control)
+    return saved(terms=term.to_ode())(params, adjoint)
+
+
+def _brownian(levy_area: type = diffrax.BrownianIncrement):
+    return diffrax.VirtualBrownianTree(
+        0.0, 1.0, tol=1e-3, shape=(2,), key=jr.key(0), levy_area=levy_area
+    )
+
+
+def _sde(noise: Callable, path: Any = None, solver: Any = None) -> Callable:
+    def loss(params, adjoint):
+        control = _brownian() if path is None else path
+        terms = diffrax.MultiTerm(
+            diffrax.ODETerm(vector_field), diffrax.ControlTerm(noise, control)
+        )
+        _solver = diffrax.Heun() if solver is None else solver
+        return saved(terms=terms, solver=_solver)(params, adjoint)
+
+    return loss
+
+
+def _langevin(params, adjoint):
+    path = _brownian(diffrax.SpaceTimeTimeLevyArea)
+    gamma, u = params["a"]
+    terms = diffrax.MultiTerm(
+        diffrax.UnderdampedLangevinDriftTerm(gamma, u, lambda x, args: 2 * x),
+        diffrax.UnderdampedLangevinDiffusionTerm(gamma, u, path),
+    )
+    y0 = (params["y0"], params["y0"][::-1])
+    return saved(terms=terms, solver=diffrax.QUICSORT(), y0=y0)(params, adjoint)
+
+
+def _complex(params, adjoint):
+    field = lambda t, y, args: (1j * args[0] - 0.1) * y * jnp.cos(y)
+    y0 = params["y0"] + 0.5j
+    return saved(terms=diffrax.ODETerm(field), y0=y0)(params, adjoint)
+
+
+def _event(cond_fn: Callable, root_finder: Any = None) -> Callable:
+    def loss(params, adjoint):
+        event = diffrax.Event(cond_fn, root_finder)
+        return saved(event=event)(params, adjoint)
+
+    return loss
+
+
+def _event_time(params, adjoint):
+    event = diffrax.Event(_crosses_half, _newton)
+    return jnp.sum(solve(params, adjoint, event=event).ts)
+
+
+def _falls_below_half(t, y, args, **kwargs):
+    del kwargs
+    return y[0] < 0.5
+
+
+def _crosses_half(t, y, args, **kwargs):
+    del kwargs
+    return y[0] - 0.5
+
+
+_newton = optx.Newton(1e-10, 1e-10)
+
+
+def _vmap(params, adjoint):
+    y0 = jnp.stack([params["y0"], 2 * params["y0"]])
+    controller = diffrax.PIDController(rtol=1e-4, atol=1e-6)
+    one = lambda y0: saved(stepsize_controller=controller)(params | {"y0": y0}, adjoint)
+    return jnp.sum(jax.vmap(one)(y0))
+
+
+def _remat(params, adjoint):
+    return jax.checkpoint(lambda p: saved()(p, adjoint))(params)
+
+
+def _scan(params, adjoint):
+    def body(y, _):
+        return solve(params | {"y0": y}, adjoint).ys[-1], None
+
+    y, _ = jax.lax.scan(body, params["y0"], length=3)
+    return jnp.sum(y**2)
+
+
+_t0, _t0_params = _times("t0", "t1")
+_dt0, _dt0_params = _times("dt0")
+_adaptive = diffrax.PIDController(rtol=1e-4, atol=1e-6)
+
+FEATURES = [
+    Feature("Saving", "`SaveAt(t1=True)`", saved()),
+    Feature("Saving", "`SaveAt(t0=True, t1=True, ts=...)`", _save(t0=True, ts=TS)),
+    Feature("Saving", "`SaveAt(steps=True)`", _save(steps=True)),
+    Feature("Saving", "`SaveAt(dense=True)`", _dense),
+    Feature("Saving", "`SaveAt(fn=...)`", _fn_of_args),
+    Feature(
+        "Saving",
+        "`SaveAt(subs=[...])`",
+        _save(subs=[diffrax.SubSaveAt(t1=True), diffrax.SubSaveAt(ts=TS)]),
+    ),
+    Feature("Saving", "`Solution.solver_state`", _solver_state),
+    Feature("Steps", "adaptive", saved(stepsize_controller=_adaptive)),
+    Feature(
+        "Steps",
+        "`StepTo`",
+        saved(
+            stepsize_controller=diffrax.StepTo(ts=jnp.linspace(0.0, 1.0, 9) ** 2),
+            dt0=None,
+        ),
+    ),
+    Feature(
+        "Steps",
+        "jumps",
+        saved(
+            stepsize_controller=diffrax.ClipStepSizeController(
+                _adaptive, jump_ts=jnp.array([0.35])
+            )
+        ),
+    ),
+    Feature("Steps", "`max_steps=None`", saved(max_steps=None)),
+    Feature("With respect to", "`t0`, `t1`", _t0, params=_t0_params),
+    Feature("With respect to", "`dt0`", _dt0, params=_dt0_params),
+    Feature(
+        "With respect to", "`SaveAt(ts=...)`", _ts, params=lambda: PARAMS | {"ts": TS}
+    ),
+    Feature(
+        "Equations",
+        "implicit solver",
+        saved(solver=diffrax.Kvaerno3(), stepsize_controller=_adaptive),
+    ),
+    Feature("Equations", "complex state", _complex),
+    Feature(
+        "Equations",
+        "CDE, with respect to its control",
+        _control,
+        params=lambda: PARAMS | {"xs": jnp.sin(jnp.arange(10.0)).reshape(5, 2)},
+    ),
+    Feature("Equations", "SDE, diagonal noise", _sde(diagonal_noise)),
+    Feature("Equations", "SDE, general noise", _sde(general_noise)),
+    Feature(
+        "Equations",
+        "SDE, additive noise",
+        _sde(additive_noise, _brownian(diffrax.SpaceTimeLevyArea), diffrax.SEA()),
+    ),
+    Feature("Equations", "underdamped Langevin", _langevin),
+    Feature(
+        "Equations",
+        "`UnsafeBrownianPath`",
+        _sde(additive_noise, diffrax.UnsafeBrownianPath((2,), key=jr.key(0))),
+    ),
+    Feature("Events", "boolean", _event(_falls_below_half)),
+    Feature("Events", "continuous", _event(_crosses_half)),
+    Feature("Events", "with a root finder", _event(_crosses_half, _newton)),
+    Feature("Events", "the time of the event", _event_time),
+    Feature("Derivatives", "`jax.jvp`", saved(), "forward"),
+    Feature("Derivatives", "`jax.hessian`", saved(), "hessian"),
+    Feature("Derivatives", "`jax.jacrev(jax.jacrev(...))`", saved(), "reverse twice"),
+    Feature("Transformations", "`jax.vmap`, adaptive steps", _vmap),
+    Feature("Transformations", "`jax.checkpoint`", _remat),
+    Feature("Transformations", "inside `jax.lax.scan`", _scan),
+]
+
+
+def derivative(feature: Feature, name: str) -> PyTree:
+    """The derivative that is asked for, of the loss of a feature."""
+    take = {
+        "gradient": jax.jacfwd if name == "ForwardMode" else jax.jacrev,
+        "forward": jax.jacfwd,
+        "hessian": jax.hessian,
+        "reverse twice": lambda f: jax.jacrev(jax.jacrev(f)),
+    }[feature.derivative]
+    # Not differentiated are the adjoint and what it was made of.
+    loss = lambda params: feature.loss(params, ADJOINTS[name])
+    return eqx.filter_jit(take(loss))(feature.params())
+
+
+def relative_error(x: PyTree, exact: PyTree) -> float:
+    difference = lambda a, b: jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b))
+    errors = jtu.tree_leaves(jtu.tree_map(difference, x, exact))
+    return float(jnp.max(jnp.stack(errors)))
+
+
+def first_line(error: Exception) -> str:
+    # That of an error at run time comes after a traceback.
+    message = str(error).split("EquinoxRuntimeError: ")[-1]
+    return message.strip().split("\n")[0] or type(error).__name__
+
+
+def measure(feature: Feature) -> dict[str, Any]:
+    """For each adjoint, the error of its gradient, or what it says in place of one."""
+    found: dict[str, Any] = {}
+    for name in ADJOINTS:
+        try:
+            found[name] = jax.block_until_ready(derivative(feature, name))
+        except Exception as e:
+            found[name] = first_line(e)
+    works = [name for name in REFERENCES if not isinstance(found[name], str)]
+    exact = found[works[0]] if works else None
+    results = {
+        name: x if isinstance(x, str) else relative_error(x, exact)
+        for name, x in found.items()
+    }
+    return {"group": feature.group, "feature": feature.name, "results": results}
+
+
+def kind(result: str | float) -> str:
+    """What of a result must be the same on any machine."""
+    if isinstance(result, str):
+        return "refused"
+    return "exact" if result < EXACT else "not exact"
+
+
+def differs(row: dict[str, Any], stored: dict[str, Any] | None) -> bool:
+    if stored is None:
+        return True
+    return any(
+        kind(result) != kind(stored["results"][name])
+        for name, result in row["results"].items()
+    )
+
+
+def main(names: list[str], output: pathlib.Path | None, smoke: bool) -> int:
+    stored = {}
+    if smoke:
+        rows = [json.loads(line) for line in STORED.read_text().splitlines()]
+        stored = {(row["group"], row["feature"]): row for row in rows}
+    rows = []
+    failed = False
+    for feature in FEATURES:
+        if names and not any(name in feature.name for name in names):
+            continue
+        row = measure(feature)
+        rows.append(row)
+        print(f"{feature.group}: {feature.name}")
+        for name, result in row["results"].items():
+            text = result[:100] if isinstance(result, str) else f"{result:.1e}"
+            print(f"    {name:28} {text}", flush=True)
+        if smoke and differs(row, stored.get((feature.group, feature.name))):
+            failed = True
+            print(f"    FAILED: {STORED.name} says otherwise")
+        jax.clear_caches()
+    if output is not None:
+        output.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return int(failed)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--feature", nargs="*", default=[], help="a part of a name")
+    parser.add_argument("--output", type=pathlib.Path)
+    parser.add_argument("--smoke", action="store_true")
+    arguments = parser.parse_args()
+    sys.exit(main(arguments.feature, arguments.output, arguments.smoke))
