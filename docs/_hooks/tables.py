@@ -1,0 +1,199 @@
+"""Puts tables of what was measured in the place of `<!-- table: NAME -->` while the
+site is built. They are made from the files in `docs/measured/`, which the scripts in
+`benchmarks/` have written: no number of them is written by hand.
+"""
+
+import json
+import pathlib
+import re
+from collections.abc import Iterable
+from typing import Any
+
+
+_measured = pathlib.Path(__file__).parent.parent / "measured"
+_mark = re.compile(r"^<!-- table: ([a-z ]+) -->$", re.MULTILINE)
+_exact = 1e-9  # As in `benchmarks/features.py`.
+_problems = {
+    "mlp": "neural ODE",
+    "pendulum": "driven pendulum",
+    "wave": "wave equation",
+    "decay": "$y' = -y$",
+    "heat": "heat equation",
+    "van_der_pol": "Van der Pol's equation",
+    "lorenz": "Lorenz's equations",
+}
+
+
+def on_page_markdown(markdown, **kwargs):
+    del kwargs
+    return _mark.sub(lambda match: tables[match[1]](), markdown)
+
+
+def _read(name: str) -> list[dict[str, Any]]:
+    lines = (_measured / f"{name}.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    head = list(head)
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _feature_cell(result: str | float) -> str:
+    if isinstance(result, str):
+        return "--"
+    error = f"{result:.0e}" if result > 0 else "0"
+    return f"✓ {error}" if result < _exact else f"≈ {error}"
+
+
+def _features() -> str:
+    rows = _read("features")
+    adjoints = list(rows[0]["results"])
+    groups = dict.fromkeys(row["group"] for row in rows)
+    parts = []
+    for group in groups:
+        of = [row for row in rows if row["group"] == group]
+        cells = [
+            [row["feature"], *(_feature_cell(row["results"][a]) for a in adjoints)]
+            for row in of
+        ]
+        parts.append(f"### {group}\n\n{_table(['', *map(_code, adjoints)], cells)}")
+    return "\n\n".join(parts)
+
+
+def _refusals() -> str:
+    """What one adjoint says where it cannot, and another one can."""
+    rows = _read("features")
+    cells = []
+    for row in rows:
+        result = row["results"]["ReversibleAdjoint"]
+        if isinstance(result, str):
+            message = result.replace("|", r"\|")
+            cells.append([f"{row['group']}: {row['feature']}", message])
+    return _table(["Feature", "What `ReversibleAdjoint` says"], cells)
+
+
+def _code(name: str) -> str:
+    return f"`{name}`"
+
+
+def _gradients(**kept: Any) -> list[dict[str, Any]]:
+    """The rows of `benchmarks/gradient.py` in which everything is as given."""
+    return [
+        row
+        for row in _read("gradient")
+        if all(row[name] == value for name, value in kept.items())
+    ]
+
+
+def _mebibytes(row: dict[str, Any]) -> str:
+    mebibytes = row["temp_bytes"] / 2**20
+    return f"{mebibytes:.0f}" if mebibytes >= 100 else f"{mebibytes:.2f}"
+
+
+def _error(row: dict[str, Any]) -> str:
+    return "the solve fails" if row["error"] is None else f"{row['error']:.0e}"
+
+
+def _memory() -> str:
+    rows = _gradients(problem="mlp", dtype="float32")
+    steps = sorted({row["steps"] for row in rows})
+    methods = dict.fromkeys((row["solver"], row["adjoint"]) for row in rows)
+    of = {(row["solver"], row["adjoint"], row["steps"]): row for row in rows}
+    cells = []
+    for solver, adjoint in methods:
+        found = [of.get((solver, adjoint, n)) for n in steps]
+        sizes = ["" if row is None else _mebibytes(row) for row in found]
+        cells.append([f"`{solver}`", f"`{adjoint}`", *sizes])
+    return _table(["Solver", "Adjoint", *(f"{n:,} steps" for n in steps)], cells)
+
+
+def _cost() -> str:
+    """Time, error and compile time of the neural ODE, where it was run."""
+    cells = []
+    for row in _gradients(problem="mlp", dtype="float32", steps=1000):
+        cells.append(
+            [
+                f"`{row['solver']}`",
+                f"`{row['adjoint']}`",
+                f"{row['time_ratio']:.2f}",
+                f"{row['compile_seconds']:.1f} s",
+                _error(row),
+                f"{_mebibytes(row)} MiB",
+            ]
+        )
+    head = ["Solver", "Adjoint", "Time", "Compile time", "Error", "Memory"]
+    return _table(head, cells)
+
+
+def _by_problem() -> str:
+    """Every problem in float64: what `ReversibleAdjoint` does to it."""
+    cells = []
+    for problem, label in _problems.items():
+        rows = _gradients(problem=problem, dtype="float64")
+        of = {(row["solver"], row["adjoint"]): row for row in rows}
+        recursive = of["Tsit5", "RecursiveCheckpointAdjoint"]
+        reversible = of["Tsit5", "ReversibleAdjoint"]
+        coupled = of["UReversible(Tsit5)", "ReversibleAdjoint"]
+        failed = coupled["error"] is None
+        cells.append(
+            [
+                label,
+                f"{reversible['steps']:,}",
+                _error(reversible),
+                f"{reversible['time_ratio']:.2f}",
+                f"{reversible['temp_bytes'] / recursive['temp_bytes']:.2f}",
+                _error(coupled),
+                "" if failed else f"{coupled['time_ratio']:.2f}",
+            ]
+        )
+    head = ["Problem", "Steps", "Error", "Time", "Memory"]
+    return _table([*head, "`UReversible`: error", "time"], cells)
+
+
+def _evaluations() -> str:
+    names = {
+        "neural_ode": "Neural ODE",
+        "decay": "$y' = -y$",
+        "oscillator": "Damped oscillator",
+        "fitzhugh_nagumo": "FitzHugh--Nagumo equations",
+        "van_der_pol": "Van der Pol's equation",
+        "lorenz": "Lorenz's equations",
+        "heat": "Heat equation",
+    }
+    rows = [r for r in _read("evaluations") if r["steps"] == 1000]
+    rows = [r for r in rows if r["dtype"] == "float64"]
+    of = {(row["problem"], row["checkpoints"]): row for row in rows}
+    counts = sorted({row["checkpoints"] for row in rows})
+    cells = []
+    for problem in dict.fromkeys(row["problem"] for row in rows):
+        found = [of[problem, k] for k in counts]
+        cells.append(
+            [
+                names[problem],
+                *(f"{row['reversible']:.1f} ({row['ratio']:.2f})" for row in found),
+            ]
+        )
+    return _table(["`checkpoints`", *map(str, counts)], cells)
+
+
+def _machine() -> str:
+    """With what, and on what, the times were measured."""
+    row = _read("gradient")[-1]
+    versions = ", ".join(f"{name} {v}" for name, v in row["versions"].items())
+    return (
+        f"Measured on {row['date']}, on 2 cores of a CPU ({row['machine']}), with "
+        f"{versions}, Python {row['python']}."
+    )
+
+
+tables = {
+    "features": _features,
+    "refusals": _refusals,
+    "memory": _memory,
+    "cost": _cost,
+    "by problem": _by_problem,
+    "evaluations": _evaluations,
+    "machine": _machine,
+}
