@@ -1,63 +1,96 @@
-"""The documentation: the code on its pages runs, and its site builds."""
+"""The documentation: the code on its pages and in the docstrings runs, and what it
+lists is what there is."""
 
 import functools as ft
-import importlib.util
-import operator
+import inspect
+import json
 import pathlib
 import re
-import subprocess
-import sys
+import shlex
+import tomllib
 from typing import Any
 
 import diffrax
-import diffrax._upstream_init as upstream
 import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
 import pytest
+from diffrax._adjoint import _choose_reversal
+from diffrax._integrate import TermAndSolverIncompatible
+from diffrax._reversal import AlgebraicReversal, NoReversal, NumericalReversal
+from sybil import Sybil
+from sybil.document import Document, PythonDocStringDocument
+from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
 
 
 root = pathlib.Path(__file__).parent.parent
 docs = root / "docs"
-_block = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-_pages = [
-    page
-    for page in [root / "README.md", *sorted(docs.rglob("*.md"))]
-    if page.exists() and _block.search(page.read_text())
-]
-_our_names = sorted(
-    {name for name in vars(diffrax).keys() - vars(upstream).keys() if name[0] != "_"}
-    | {"LeapfrogMidpoint", "ReversibleHeun", "SemiImplicitEuler"}
+pages = [root / "README.md", root / "CONTRIBUTING.md", *sorted(docs.rglob("*.md"))]
+notebooks = sorted(docs.glob("notebooks/*.ipynb"))
+public_names = sorted(
+    name
+    for name, value in vars(diffrax).items()
+    if name[0] != "_" and not inspect.ismodule(value)
 )
 
 
-def _blocks(page):
-    """The code blocks of a page, ready to be executed in order. Their tracebacks show
-    the lines of the page."""
-    text = page.read_text()
-    for block in _block.finditer(text):
-        lines_before = text.count("\n", 0, block.start(1))
-        yield compile("\n" * lines_before + block[1], str(page), "exec")
+def _our_modules() -> list[pathlib.Path]:
+    """Those of our files in which there is code, without those of upstream's, which the
+    build has placed beside them."""
+    placed = (root / "diffrax" / ".gitignore").read_text().splitlines()
+    placed_files = {root / "diffrax" / line.lstrip("/") for line in placed}
+    modules = set((root / "diffrax").rglob("*.py")) - placed_files
+    return sorted(m for m in modules if "```python" in m.read_text())
+
+
+_sybil = Sybil(
+    parsers=[PythonCodeBlockParser()],
+    document_types={".py": PythonDocStringDocument, ".md": Document},
+)
+
+
+def _examples(path: pathlib.Path):
+    """The blocks of Python code of a page or of the docstrings of a module. Those of a
+    page share a namespace, and their tracebacks show its lines."""
+    return list(_sybil.parse(path))
+
+
+def _name(path: pathlib.Path) -> str:
+    return str(path.relative_to(root))
 
 
 @ft.cache
 def _extending() -> dict[str, Any]:
     """The names that the page on extending defines in its first two blocks: the solver
     and the check of the law."""
-    namespace: dict[str, Any] = {"__name__": "extending"}
-    example, law, *_ = _blocks(docs / "extending.md")
-    exec(example, namespace)
-    exec(law, namespace)
-    return namespace
+    document = _sybil.parse(docs / "extending.md")
+    example, law, *_ = document
+    example.evaluate()
+    law.evaluate()
+    return document.namespace
 
 
-@pytest.mark.parametrize("page", _pages, ids=lambda page: page.stem)
-def test_code_runs(page):
-    namespace = {"__name__": page.stem}
-    for block in _blocks(page):
-        exec(block, namespace)
+def _with_code(paths):
+    return [path for path in paths if "```python" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", _with_code(pages), ids=_name)
+def test_code_of_page_runs(path):
+    examples = _examples(path)
+    assert len(examples) == path.read_text().count("```python")
+    for example in examples:
+        example.evaluate()
+
+
+@pytest.mark.parametrize("path", _our_modules(), ids=_name)
+def test_code_of_docstrings_runs(path):
+    examples = _examples(path)
+    # Also of those that are assigned to `X.__init__.__doc__`, of which there is none.
+    assert len(examples) == path.read_text().count("```python")
+    for example in examples:
+        example.evaluate()
 
 
 #
@@ -174,83 +207,180 @@ def test_example_gradient():
 
 
 #
-# The API pages.
+# Commands.
 #
 
 
-def test_our_names():
-    assert {"AbstractReversibleSolver", "ReversibleAdjoint", "UReversible"} <= set(
-        _our_names
-    )
+def _commands():
+    """The lines of all blocks of shell commands."""
+    parse = Sybil(parsers=[CodeBlockParser(language="bash", evaluator=lambda _: None)])
+    for page in pages:
+        for example in parse.parse(page):
+            lines = re.sub(r"\\\n", " ", str(example.parsed)).splitlines()
+            for line in lines:
+                if line.strip():
+                    yield pytest.param(line, id=f"{page.stem}: {line[:50]}")
 
 
-@pytest.mark.parametrize("name", _our_names)
-def test_api_entry(name):
-    entry = re.compile(rf"^::: diffrax\.{name}$", re.MULTILINE)
-    assert any(entry.search(page.read_text()) for page in docs.glob("api/*.md"))
+@pytest.mark.parametrize("line", list(_commands()))
+def test_command_is_known(line):
+    """What a command runs exists and takes these arguments; `.ci/run` runs the scripts,
+    and `test_package.py` does what `pip` is asked to."""
+    line = line.replace(".venv/bin/", "")
+    for command in line.split("&&"):
+        program, *arguments = shlex.split(command, comments=True)
+        if program in ("python", "python3") and arguments[0] == "-m":
+            assert arguments[1] in _modules
+        elif program == "python":
+            assert (root / arguments[0]).is_file()
+            text = (root / arguments[0]).read_text()
+            options = [a for a in arguments[1:] if a.startswith("--")]
+            assert all(f'"{option}"' in text for option in options)
+        elif program == "pip":
+            extras = re.findall(r"\[([\w,]+)\]", command)
+            known = tomllib.loads((root / "pyproject.toml").read_text())
+            known = known["project"]["optional-dependencies"]
+            assert set(",".join(extras).split(",")) - {""} <= set(known)
+        else:
+            assert program in _programs
 
 
-def test_names_from_upstream():
-    text = (docs / "api" / "upstream.md").read_text()
-    names = re.findall(r"\{#diffrax\.(\S+)\} `(\S+)` \|", text)
-    assert len(names) == text.count("[](){") > 0
-    assert len(set(names)) == len(names)
-    for anchor, label in names:
-        assert anchor == label
-        assert operator.attrgetter(anchor)(diffrax) is not None
+_modules = {"venv", "pytest", "mkdocs", "test.agreement", "http.server"}
+_programs = {".", "mkdocs", "pre-commit", "ruff", "pyright", ".ci/run", "linkchecker"}
 
 
 #
-# The site.
+# Notebooks. `docs/_execute.py --check`, which `.ci/run` runs, executes them.
 #
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    for module in ("mkdocs", "material", "mkdocstrings_handlers", "ziamath"):
-        if importlib.util.find_spec(module) is None:
-            pytest.skip(f"Needs `pip install '.[docs]'`: there is no `{module}`.")
-    folder = tmp_path_factory.mktemp("site")
-    out = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(folder)],
-        cwd=root,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=120,
+@pytest.mark.parametrize("path", notebooks, ids=lambda path: path.stem)
+def test_notebook_is_stored_whole(path):
+    text = path.read_text()
+    notebook = json.loads(text)
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert len(text) < 300_000
+    assert notebook["metadata"]["kernelspec"]["name"] == "python3"
+    assert [cell["execution_count"] for cell in code] == [*range(1, len(code) + 1)]
+    # Each claim is followed by a cell that checks it.
+    assert sum("assert" in "".join(cell["source"]) for cell in code) >= 3
+    for cell in code:
+        for output in cell["outputs"]:
+            assert output["output_type"] != "error"
+            assert output.get("name") != "stderr"
+            if "image/png" in output.get("data", {}):
+                assert len(cell["metadata"]["alt"]) > 20
+    # The last one prints the versions, of what is installed if it is up to date.
+    (printed,) = (o for o in code[-1]["outputs"] if "text" in o)
+    assert f"{diffrax.__version__}" in "".join(printed["text"])
+
+
+def test_there_are_notebooks():
+    assert len(notebooks) >= 8
+
+
+#
+# Lists: of names, of versions, of solvers, of features.
+#
+
+
+def _api_entries():
+    text = "".join(page.read_text() for page in docs.glob("api/*.md"))
+    return re.findall(r"^::: diffrax\.(\S+)$", text, re.MULTILINE)
+
+
+def test_api_has_every_public_name_once():
+    assert sorted(_api_entries()) == public_names
+
+
+def test_version_is_told():
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    upstream, _ = project["version"].split("+")
+    for page in (docs / "upstream.md", docs / "changelog.md"):
+        assert project["version"] in page.read_text()
+    for page in (root / "README.md", docs / "index.md", docs / "upstream.md"):
+        assert set(re.findall(r"0\.7\.\d+", page.read_text())) == {upstream}
+
+
+def _solvers():
+    """The public solvers which can be used as they are."""
+    return [
+        name
+        for name in public_names
+        if inspect.isclass(cls := getattr(diffrax, name))
+        and issubclass(cls, diffrax.AbstractSolver)
+        and not name.startswith("Abstract")
+    ]
+
+
+@pytest.mark.parametrize("name", _solvers())
+def test_solver_is_in_the_table(name):
+    """With the way in which the adjoint does reverse it."""
+    text = (docs / "solvers.md").read_text()
+    table = text[text.index("| Solver | Steps are reversed |") :].split("\n\n")[0]
+    rows = [line for line in table.splitlines() if re.search(rf"`{name}[`(]", line)]
+    assert rows
+    if name in ("HalfSolver", "UReversible", "FixedPointReversible"):
+        return  # What they wrap decides: `test_solvers.py`.
+    (row,) = (row for row in rows if "HalfSolver" not in row)
+    assert row.split("|")[2].strip() == _reversed_how(name)
+
+
+def _reversed_how(name: str) -> str:
+    solver = getattr(diffrax, name)()
+    reversal = _choose_reversal(solver, _solver_state(solver))
+    return {
+        AlgebraicReversal: "in closed form",
+        NumericalReversal: "numerically",
+        NoReversal: "not at all",
+    }[type(reversal)]
+
+
+def _solver_state(solver):
+    """What this solver carries from step to step, on an equation that it takes."""
+    path = diffrax.VirtualBrownianTree(
+        0, 1, 0.1, (2,), jr.key(0), levy_area=diffrax.SpaceTimeTimeLevyArea
     )
-    assert out.returncode == 0, out.stdout
-    return folder
-
-
-def test_site_has_entries(site):
-    text = "".join(page.read_text() for page in site.glob("api/*/index.html"))
-    for name in _our_names:
-        assert f'id="diffrax.{name}"' in text
-    for method in ("backward_step", "record_state", "restore_state"):
-        assert f'id="diffrax.AbstractReversibleSolver.{method}"' in text
-
-
-def test_site_mathematics(site):
-    """The LaTeX has become MathML."""
-    with_mathematics = 0
-    for page in site.rglob("*.html"):
-        text = page.read_text()
-        with_mathematics += "<math" in text
-        text = re.sub(r"<(code|pre|script)\b.*?</\1>", "", text, flags=re.DOTALL)
-        text = re.sub(r"<[^>]*>", "", text)
-        assert re.search(r"\$|\\[a-z(\[]", text) is None, page
-    assert with_mathematics >= 3
-
-
-def test_site_loads_nothing_from_elsewhere(site):
-    load = re.compile(
-        r"<(?:script|img|iframe|source|video)\b[^>]*\bsrc=[\"']?(?:https?:)?//"
-        r"|<link\b(?![^>]*rel=[\"']?canonical)[^>]*\bhref=[\"']?(?:https?:)?//"
-        r"|url\([\"']?(?:https?:)?//"
+    drift = diffrax.ODETerm(lambda t, y, args: -y)
+    noise = diffrax.ControlTerm(lambda t, y, args: jnp.eye(2), path)
+    langevin = diffrax.MultiTerm(
+        diffrax.UnderdampedLangevinDriftTerm(1.0, 1.0, lambda y, args: y),
+        diffrax.UnderdampedLangevinDiffusionTerm(1.0, 1.0, path),
     )
-    files = [*site.rglob("*.html"), *site.rglob("*.css")]
-    assert len(files) > 0
-    for file in files:
-        found = load.search(file.read_text())
-        assert found is None, (file, found)
+    y = jnp.ones(2)
+    controller = diffrax.ConstantStepSize()
+    if isinstance(solver, diffrax.AbstractAdaptiveSolver):
+        controller = diffrax.PIDController(rtol=1e-2, atol=1e-2)
+    for terms, y0 in (
+        (drift, y),
+        (diffrax.MultiTerm(drift, drift), y),
+        (diffrax.MultiTerm(drift, noise), y),
+        ((drift, drift), (y, y)),
+        (langevin, (y, y)),
+    ):
+        solve = ft.partial(
+            diffrax.diffeqsolve,
+            terms,
+            solver,
+            t0=0.0,
+            t1=1.0,
+            dt0=0.1,
+            y0=y0,
+            stepsize_controller=controller,
+            saveat=diffrax.SaveAt(solver_state=True),
+        )
+        try:
+            return eqx.filter_eval_shape(solve).solver_state
+        except (TermAndSolverIncompatible, ValueError):
+            continue
+    raise AssertionError(f"No equation was found for {solver}.")
+
+
+def test_features_are_told_of():
+    """Every feature that `benchmarks/features.py` tries is in the file from which the
+    table is made."""
+    lines = (docs / "measured" / "features.jsonl").read_text().splitlines()
+    stored = {json.loads(line)["feature"] for line in lines}
+    source = (root / "benchmarks" / "features.py").read_text()
+    assert len(lines) == source.count("    Feature(") > 30
+    assert all(name in source for name in stored)

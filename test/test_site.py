@@ -1,0 +1,266 @@
+"""The site of the documentation, as it is built."""
+
+import contextlib
+import functools as ft
+import http.server
+import importlib.util
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from .test_docs import notebooks, public_names, root
+
+
+def _skip_without(*modules: str) -> None:
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            pytest.skip(f"Needs `pip install '.[docs,dev]'`: there is no `{module}`.")
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    _skip_without("mkdocs", "material", "mkdocstrings_handlers", "ziamath", "nbconvert")
+    folder = tmp_path_factory.mktemp("site")
+    out = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(folder)],
+        cwd=root,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=240,
+    )
+    assert out.returncode == 0, out.stdout
+    return folder
+
+
+def _as_text(html: str) -> str:
+    html = re.sub(r"<(code|pre|script|style)\b.*?</\1>", "", html, flags=re.DOTALL)
+    return re.sub(r"<[^>]*>", "", html)
+
+
+def test_site_has_entries(site):
+    text = "".join(page.read_text() for page in site.glob("api/*/index.html"))
+    for name in public_names:
+        assert f'id="diffrax.{name}"' in text
+    for method in ("backward_step", "record_state", "restore_state"):
+        assert f'id="diffrax.AbstractReversibleSolver.{method}"' in text
+
+
+def test_site_has_notebooks(site):
+    for notebook in notebooks:
+        page = (site / "notebooks" / notebook.stem / "index.html").read_text()
+        assert f'href="../{notebook.name}"' in page
+        assert (site / "notebooks" / notebook.name).read_text() == notebook.read_text()
+        assert page.count("<img") == notebook.read_text().count('"image/png"')
+
+
+def test_site_mathematics(site):
+    """The LaTeX has become MathML."""
+    with_mathematics = 0
+    for page in site.rglob("*.html"):
+        text = page.read_text()
+        with_mathematics += "<math" in text
+        assert re.search(r"\$|\\[a-z(\[]", _as_text(text)) is None, page
+    assert with_mathematics >= 10
+
+
+def test_site_tables(site):
+    """What was measured stands in the place of each of their marks."""
+    pages = [page.read_text() for page in site.rglob("*.html")]
+    assert not any("<!-- table:" in page for page in pages)
+    features = (site / "features" / "index.html").read_text()
+    assert features.count("✓") > 50
+
+
+def test_site_figures_have_texts(site):
+    images = 0
+    for page in site.rglob("*.html"):
+        for image in re.findall(r"<img\b[^>]*>", page.read_text()):
+            images += 1
+            assert re.search(r'alt="[^"]{15,}"', image), (page, image)
+    assert images > 15
+
+
+def test_site_loads_nothing_from_elsewhere(site):
+    load = re.compile(
+        r"<(?:script|img|iframe|source|video)\b[^>]*\bsrc=[\"']?(?:https?:)?//"
+        r"|<link\b(?![^>]*rel=[\"']?canonical)[^>]*\bhref=[\"']?(?:https?:)?//"
+        r"|url\([\"']?(?:https?:)?//"
+    )
+    files = [*site.rglob("*.html"), *site.rglob("*.css")]
+    assert len(files) > 0
+    for file in files:
+        found = load.search(file.read_text())
+        assert found is None, (file, found)
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, format, *args):
+        pass
+
+
+@contextlib.contextmanager
+def _served(folder: pathlib.Path):
+    """The address of the folder, as any static host would serve it: below a path."""
+    handler = ft.partial(_Quiet, directory=str(folder.parent))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/{folder.name}/"
+        server.shutdown()
+
+
+def test_site_links(site):
+    """Those within the site, with their anchors."""
+    _skip_without("linkcheck")
+    with _served(site) as address:
+        out = subprocess.run(
+            [
+                shutil.which("linkchecker", path=pathlib.Path(sys.executable).parent)
+                or "linkchecker",
+                "--config",
+                str(root / "docs" / "_links.ini"),
+                "--no-status",
+                address,
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=240,
+        )
+    assert out.returncode == 0, out.stdout
+    checked = re.search(r"That's it. (\d+) links", out.stdout)
+    assert checked is not None and int(checked[1]) > 200
+
+
+#
+# In a browser.
+#
+
+
+@pytest.fixture(scope="module")
+def browser():
+    _skip_without("playwright")
+    from playwright.sync_api import sync_playwright
+
+    path = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
+    if path is None:
+        pytest.skip("Needs Chromium: `apt-get install chromium`.")
+    with sync_playwright() as playwright:
+        yield playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+
+
+@pytest.fixture(scope="module")
+def address(site):
+    with _served(site) as address:
+        yield address
+
+
+@contextlib.contextmanager
+def _page(browser, address, width=1280, scheme="light"):
+    """A page that may load nothing from elsewhere, and must not complain."""
+    context = browser.new_context(
+        viewport={"width": width, "height": 900}, color_scheme=scheme
+    )
+    context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page = context.new_page()
+    problems = []
+    page.on("console", lambda m: problems.append(m.text) if m.type == "error" else None)
+    page.on("pageerror", lambda e: problems.append(str(e)))
+    page.on("requestfailed", lambda r: problems.append(r.url))
+    page.on(
+        "request",
+        lambda r: (
+            None
+            if r.url.startswith((address, "data:", "blob:"))
+            else problems.append(f"leaves the site: {r.url}")
+        ),
+    )
+    yield page
+    context.close()
+    assert problems == []
+
+
+def _paths(site):
+    return sorted(
+        "" if page.parent == site else f"{page.parent.relative_to(site)}/"
+        for page in site.rglob("index.html")
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ("light", "dark"))
+@pytest.mark.parametrize("width", (1280, 360))
+def test_pages_in_browser(site, browser, address, width, scheme):
+    """Every page shows all of its figures and mathematics, and is no wider than the
+    screen."""
+    with _page(browser, address, width, scheme) as page:
+        for path in _paths(site):
+            page.goto(address + path)
+            page.wait_for_load_state("networkidle")
+            assert page.locator("h1").first.is_visible(), path
+            widths = page.evaluate(
+                "[document.documentElement.scrollWidth, window.innerWidth]"
+            )
+            assert widths[0] <= widths[1], path
+            missing = page.evaluate(
+                "[...document.images].filter(i => { i.loading = 'eager';"
+                " return i.complete && i.naturalWidth == 0; }).map(i => i.src)"
+            )
+            assert missing == [], path
+            flat = page.evaluate(
+                "[...document.querySelectorAll('article math')].filter(m =>"
+                " m.checkVisibility() && m.getBoundingClientRect().height < 5).length"
+            )
+            assert flat == 0, path
+            background = page.evaluate(
+                "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)"
+            )
+            assert (sum(background) > 384) == (scheme == "light"), path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", (1280, 360))
+def test_navigation_in_browser(browser, address, width):
+    with _page(browser, address, width) as page:
+        page.goto(address)
+        if width < 600:
+            page.locator("label.md-header__button[for=__drawer]").click()
+            page.get_by_text("API", exact=True).first.click()
+            page.locator("nav").get_by_role("link", name="Adjoints").first.click()
+        else:
+            page.get_by_role("link", name="API", exact=True).first.click()
+        page.wait_for_url("**/api/adjoints/")
+        assert page.locator("h1").first.inner_text().startswith("Adjoints")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", (1280, 360))
+def test_search_in_browser(browser, address, width):
+    with _page(browser, address, width) as page:
+        page.goto(address)
+        if width < 600:
+            page.locator("label.md-header__button[for=__search]").click()
+        page.locator(".md-search__input").fill("certificate")
+        first = page.locator(".md-search-result__link").first
+        first.wait_for(state="visible")
+        first.click()
+        page.wait_for_load_state("networkidle")
+        assert "certificate" in page.locator("article").inner_text().lower()
+
+
+@pytest.mark.slow
+def test_code_can_be_copied_in_browser(browser, address):
+    with _page(browser, address) as page:
+        page.goto(address + "getting-started/")
+        block = page.locator("div.language-python").first
+        block.hover()
+        block.locator("button[data-md-type=copy], .md-clipboard").first.click()
+        page.wait_for_timeout(300)
+        copied = page.evaluate("navigator.clipboard.readText()")
+        assert copied.strip() == block.locator("code").inner_text().strip()
+        assert "import" in copied
