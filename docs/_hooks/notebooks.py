@@ -45,6 +45,6 @@ def _page(uri: pathlib.Path, notebook: File):
     text, resources = exporter.from_filename(notebook.abs_src_path, resources)
     title, rest = text.strip().split("\n", 1)
     download = f"[Download this notebook]({uri.name}){{ .download download }}"
-    yield str(uri.with_suffix(".md")), f"{title}\n\n{download}\n{rest}"
+    yield str(uri.with_suffix(".md")), f"{title}\n\n{download}\n\n{rest}"
     for name, content in resources["outputs"].items():
         yield str(uri.with_name(pathlib.Path(name).name)), content
