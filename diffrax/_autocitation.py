@@ -1,5 +1,5 @@
 from ._adjoint import ReversibleAdjoint
-from ._solver import UReversible
+from ._solver import FixedPointReversible, UReversible
 from ._upstream_autocitation import *  # noqa: F403
 from ._upstream_autocitation import (
     _parse_reference as _parse_reference,
@@ -25,6 +25,12 @@ def _reversible_solver(solver, saveat=None):
             + _parse_reference(UReversible)
             + ("" if wrapped is None else "\n\n" + wrapped.strip())
         )
+
+
+@citation_rules.append
+def _fixed_point_reversible_solver(solver, saveat=None):
+    if type(solver) is FixedPointReversible:
+        return _cite_solver(solver.solver, saveat)
 
 
 @citation_rules.append

@@ -556,3 +556,7 @@ def test_citation(capsys):
     assert "mccallum2024efficient" in out
     assert "UReversible" in out
     assert "ReversibleAdjoint" in out
+    # A solver that wraps another one cites that, too.
+    for wrapper in (diffrax.UReversible, diffrax.FixedPointReversible):
+        diffrax.citation(solver=wrapper(diffrax.Tsit5()))
+        assert "tsitouras2011runge" in capsys.readouterr().out
