@@ -85,7 +85,7 @@ def additive_noise(t, y, args):
 
 def solve(params: PyTree, adjoint: diffrax.AbstractAdjoint, **kwargs) -> Any:
     """`diffeqsolve` on a driven pendulum; every argument can be overridden."""
-    defaults = dict(
+    defaults: dict[str, Any] = dict(
         terms=diffrax.ODETerm(vector_field),
         solver=diffrax.Tsit5(),
         t0=0.0,
@@ -102,11 +102,10 @@ def saved(**kwargs) -> Callable:
     """The sum of the squares of all that was saved."""
 
     def loss(params, adjoint):
-        ys = jtu.tree_leaves(solve(params, adjoint, **kwargs).ys)
+        leaves = jtu.tree_leaves(solve(params, adjoint, **kwargs).ys)
         # Rows that were not written hold infinity.
-        return sum(
-            jnp.sum(jnp.square(jnp.where(jnp.isfinite(y), jnp.abs(y), 0))) for y in ys
-        )
+        ys = [jnp.where(jnp.isfinite(y), jnp.abs(y), 0) for y in leaves]
+        return sum((jnp.sum(y**2) for y in ys), jnp.array(0.0))
 
     return loss
 
@@ -129,7 +128,8 @@ def _fn_of_args(params, adjoint):
 def _solver_state(params, adjoint):
     saveat = diffrax.SaveAt(t1=True, solver_state=True)
     sol = solve(params, adjoint, solver=diffrax.ReversibleHeun(), saveat=saveat)
-    return sum(jnp.sum(x**2) for x in jtu.tree_leaves(sol.solver_state))
+    leaves = jtu.tree_leaves(sol.solver_state)
+    return sum((jnp.sum(x**2) for x in leaves), jnp.array(0.0))
 
 
 def _times(*names: str) -> tuple[Callable, Callable]:

@@ -34,6 +34,7 @@ def execute(path: pathlib.Path) -> str:
         kernel_name="python3",
         resources={"metadata": {"path": str(path.parent)}},
         record_timing=False,
+        coalesce_streams=True,
     )
     client.execute()
     normalise(notebook)
