@@ -87,7 +87,7 @@ def plot_memory(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
     ax.set_ylabel("scratch memory (MiB)", fontsize=12)
     ax.tick_params(labelsize=11)
     ax.grid(alpha=0.3)
-    ax.legend(fontsize=10)
+    fig.legend(loc="outside upper center", ncols=2, fontsize=11)
     fig.savefig(path, dpi=150)
 
 

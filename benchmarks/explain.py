@@ -13,12 +13,13 @@
   on `y' = a y`, `a < 0`. The first exceeds one from `h |a| = -log(lambda)` on.
 - `instability`: the error of the state while going back over `y' = -a (y - cos(t))`
   by undoing one step of `Tsit5` after another, with nothing stored. It grows as
-  `exp(a t)`, from rounding.
+  `exp(a t)`, from rounding. And the same with nine stored states.
 - `drift`: what `diffrax.reversal_report` tells of Van der Pol's equation, with 0 and
   with 4 stored states. Prints the totals.
 
-All in float64. Takes about a minute on 2 CPU cores, most of which is compiling, and
-writes into `docs/figures`; with `--smoke` about half of that, into `benchmarks/output`.
+The figures are in float64. Takes about a minute on 2 CPU cores, most of which is
+compiling, and writes into `docs/figures`; with `--smoke` about half of that, into
+`benchmarks/output`.
 """
 
 import argparse
