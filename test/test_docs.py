@@ -361,6 +361,26 @@ def _solver_state(solver):
     raise AssertionError(f"No equation was found for {solver}.")
 
 
+def test_readme_shows_what_was_measured():
+    lines = (docs / "measured" / "gradient.jsonl").read_text().splitlines()
+    measured = {
+        (f"`{r['solver']}", f"`{r['adjoint']}()`", r["steps"]): r
+        for r in map(json.loads, lines)
+        if (r["problem"], r["dtype"]) == ("mlp", "float32")
+    }
+    text = (root / "README.md").read_text()
+    rows = re.findall(r"^\| (`.*Adjoint.*) \|$", text, re.MULTILINE)
+    assert len(rows) == 3
+    for row in rows:
+        solver, adjoint, memory, memory_of_many, error, time = row.split(" | ")
+        solver = "`UReversible(Tsit5)" if "UReversible" in solver else "`Tsit5"
+        few, many = (measured[solver, adjoint, n] for n in (1000, 100_000))
+        assert memory == f"{few['temp_bytes'] / 2**20:.2f} MiB"
+        assert memory_of_many == f"{many['temp_bytes'] / 2**20:.2f} MiB"
+        assert float(error) == float(f"{few['error']:.1e}")
+        assert float(time) == float(f"{few['time_ratio']:.2f}")
+
+
 def test_features_are_told_of():
     """Every feature that `benchmarks/features.py` tries is in the file from which the
     table is made."""
