@@ -33,7 +33,9 @@ def on_page_content(content, **kwargs):
         lambda m: f'<span class="nowrap">{m[1]}{_mathml(m[2], "inline")}{m[3]}</span>',
         content,
     )
-    content = _block.sub(lambda m: _mathml(m[1], "block"), content)
+    content = _block.sub(
+        lambda m: f'<div class="equation">{_mathml(m[1], "block")}</div>', content
+    )
     if 'class="arithmatex"' in content:
         raise ValueError("There is LaTeX that was not recognised.")
     return content
