@@ -18,7 +18,10 @@ class UpstreamLinks(griffe.Extension):
     def on_object(self, *, obj, **kwargs):
         del self, kwargs
         if obj.docstring is not None:
-            obj.docstring.value = _link.sub(_absolute, obj.docstring.value)
+            text = _link.sub(_absolute, obj.docstring.value)
+            # Of an anchor alone, mkdocstrings takes it to be one within the docstring.
+            text = text.replace("](#levy-areas)", "](./brownian.md#levy-areas)")
+            obj.docstring.value = text
 
 
 def _absolute(match: re.Match) -> str:
