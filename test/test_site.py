@@ -262,6 +262,7 @@ def test_navigation_in_browser(browser, address, width):
 def test_search_in_browser(browser, address, width):
     with _page(browser, address, width) as page:
         page.goto(address)
+        page.wait_for_load_state("networkidle")
         if width < 600:
             page.locator("label.md-header__button[for=__search]").click()
         page.locator(".md-search__input").fill("certificate")
