@@ -37,7 +37,6 @@ def execute(path: pathlib.Path) -> str:
         kernel_name="python3",
         resources={"metadata": {"path": str(path.parent)}},
         record_timing=False,
-        coalesce_streams=True,
     )
     client.execute()
     normalise(notebook)
@@ -66,11 +65,24 @@ def normalise(notebook: nbformat.NotebookNode) -> None:
         cell.metadata = {key: cell.metadata[key] for key in sorted(kept)}
         if cell.cell_type != "code":
             continue
+        cell.outputs = merge_streams(cell.outputs)
         for output in cell.outputs:
             # The `repr` of a figure.
             if "image/png" in output.get("data", {}):
                 output.data = {"image/png": compress(output.data["image/png"])}
                 output.metadata = {}
+
+
+def merge_streams(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
+    """What was printed in one go, which arrives in pieces that depend on timing."""
+    merged = []
+    for output in outputs:
+        last = merged[-1] if merged else {}
+        if output.output_type == "stream" and last.get("name") == output.name:
+            last.text += output.text
+        else:
+            merged.append(output)
+    return merged
 
 
 def compress(png: str) -> str:

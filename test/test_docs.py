@@ -261,7 +261,7 @@ def test_notebook_is_stored_whole(path):
     assert len(text) < 300_000
     assert notebook["metadata"]["kernelspec"]["name"] == "python3"
     assert [cell["execution_count"] for cell in code] == [*range(1, len(code) + 1)]
-    # Each claim is followed by a cell that checks it.
+    # `docs/_execute.py` executes them: here it is that there is something to fail.
     assert sum("assert" in "".join(cell["source"]) for cell in code) >= 3
     for cell in code:
         for output in cell["outputs"]:

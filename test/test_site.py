@@ -224,8 +224,9 @@ def test_pages_in_browser(site, browser, address, width, scheme):
             )
             assert widths[0] <= widths[1], path
             missing = page.evaluate(
-                "[...document.images].filter(i => { i.loading = 'eager';"
-                " return i.complete && i.naturalWidth == 0; }).map(i => i.src)"
+                "Promise.all([...document.images].map(i => {"
+                " i.loading = 'eager'; return i.decode().then(() => '', () => i.src);"
+                "})).then(urls => urls.filter(url => url != ''))"
             )
             assert missing == [], path
             flat = page.evaluate(
