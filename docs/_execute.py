@@ -75,11 +75,11 @@ def normalise(notebook: nbformat.NotebookNode) -> None:
 
 def merge_streams(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
     """What was printed in one go, which arrives in pieces that depend on timing."""
-    merged = []
+    merged: list[nbformat.NotebookNode] = []
     for output in outputs:
-        last = merged[-1] if merged else {}
-        if output.output_type == "stream" and last.get("name") == output.name:
-            last.text += output.text
+        is_stream = output.output_type == "stream"
+        if merged and is_stream and merged[-1].get("name") == output.name:
+            merged[-1].text += output.text
         else:
             merged.append(output)
     return merged
