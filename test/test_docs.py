@@ -275,7 +275,7 @@ def test_notebook_is_stored_whole(path):
 
 
 def test_there_are_notebooks():
-    assert len(notebooks) >= 7
+    assert len(notebooks) >= 8
 
 
 #

@@ -1,7 +1,10 @@
 """Gradients through stochastic differential equations, by every solver for them."""
 
+from collections.abc import Callable
+
 import diffrax
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
@@ -100,6 +103,48 @@ def test_gradient(solver, levy_area, kind, getkey):
         size = float(jnp.max(jnp.abs(true_x)))
         assert size > 0
         np.testing.assert_allclose(x, true_x, rtol=0, atol=1e-11 * size)
+
+
+class _Watched(diffrax.AbstractPath):
+    """A Brownian motion that tells for which intervals it is asked."""
+
+    path: diffrax.VirtualBrownianTree
+    tell: Callable = eqx.field(static=True)
+    t0: float = 0.0
+    t1: float = 1.0
+
+    def evaluate(self, t0, t1=None, left=True):
+        jax.debug.callback(self.tell, t0, t1)
+        return self.path.evaluate(t0, t1, left)
+
+
+@pytest.mark.parametrize("solver", (diffrax.ReversibleHeun(), diffrax.Heun()))
+def test_backward_asks_for_the_increments_of_forward(solver):
+    """To the last bit of the times: one bit is a change by 1e-8. The number of steps is
+    not a power of two, so that the times are rounded."""
+    num_steps, asked = 600, set()
+    tell = lambda t0, t1: asked.add((float(min(t0, t1)), float(max(t0, t1))))
+    tree = diffrax.VirtualBrownianTree(0.0, 1.0, 0.5 / num_steps, (), jr.key(0))
+
+    def loss(scale):
+        drift = diffrax.ODETerm(lambda t, y, args: -y)
+        path = _Watched(tree, tell)
+        noise = diffrax.ControlTerm(lambda t, y, args: jnp.sin(scale * y), path)
+        terms = diffrax.MultiTerm(drift, noise)
+        adjoint = diffrax.ReversibleAdjoint()
+        sol = diffrax.diffeqsolve(
+            terms, solver, 0.0, 1.0, 1 / num_steps, 0.5, adjoint=adjoint, max_steps=600
+        )
+        assert sol.ys is not None
+        return sol.ys[0]
+
+    _, grad = jax.jit(jax.value_and_grad(loss))(1.0)
+    jax.effects_barrier()
+    assert abs(grad) > 1e-3
+    # One after another, from `t0` to `t1`, and nothing else.
+    starts, ends = zip(*sorted(asked))
+    assert starts[0] == 0 and starts[1:] == ends[:-1] and ends[-1] == 1
+    assert len(asked) == num_steps
 
 
 def test_every_solver_is_tested():
