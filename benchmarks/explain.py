@@ -26,6 +26,7 @@ import argparse
 import functools as ft
 import io
 import pathlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -34,13 +35,16 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
-import PIL.Image
 from jaxtyping import Array
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 
 ROOT = pathlib.Path(__file__).parent.parent
+sys.path.append(str(ROOT / "docs"))
+from _png import compress  # noqa: E402
+
+
 EPS = float(np.finfo(np.float64).eps)
 FORWARD, BACKWARD, OTHER = "tab:blue", "tab:orange", "0.55"
 STYLE: Any = {
@@ -401,12 +405,10 @@ FIGURES: dict[str, Callable[[bool], Figure]] = dict(
 
 
 def save(fig: Figure, path: pathlib.Path) -> None:
-    """With 64 colours, which is a third of the size."""
     file = io.BytesIO()
     fig.savefig(file, dpi=150, facecolor="white")
     plt.close(fig)
-    image = PIL.Image.open(file).convert("RGB").quantize(64)
-    image.save(path, optimize=True)
+    path.write_bytes(compress(file.getvalue(), colours=64))
 
 
 def main() -> None:
