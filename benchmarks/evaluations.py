@@ -3,6 +3,7 @@ storing.
 
     python benchmarks/evaluations.py [--problem NAME ...] [--checkpoints K ...]
         [--steps N] [--float32] [--output FILE]
+    python benchmarks/evaluations.py --replays
 
 Counts the evaluations of the vector field for each step of `Tsit5`, forward and
 backward: those by themselves, those as part of being linearised, and the transposed
@@ -18,18 +19,25 @@ for undoing the step, 2 for the certificate, 12 for each correction, and 6 for e
 that is made again. The expectation is that the ratio is never over 1.5, and that it is
 less than 1 as a rule.
 
-These are counts, exact on any machine. Takes about ten minutes on 2 CPU cores.
+With `--replays`, counts instead how often each step is made again if no step can be
+undone, by the number of steps and of stored states. The equation does not matter: it is
+`y' = -y`, by `Kvaerno3`.
+
+These are counts, exact on any machine. Takes about ten minutes on 2 CPU cores, and two
+with `--replays`.
 """
 
 import argparse
+import io
 import json
 import pathlib
-from typing import Any
+from typing import Any, IO
 
 import diffrax
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import optimistix as optx
 from certificate import make_problems, Problem
 
 
@@ -86,6 +94,71 @@ def evaluations_per_step(
     return sum(map(len, counts)) / num_steps
 
 
+def count_evaluations(args: argparse.Namespace, file: IO[str]) -> None:
+    print(f"{'problem':16s} {'steps':>6s} {'K':>4s} {'reversible':>11s}", end=" ")
+    print(f"{'recursive':>10s} {'ratio':>6s}")
+    for name in args.problem:
+        for checkpoints in args.checkpoints:
+            ours, theirs = (
+                evaluations_per_step(make_problems()[name], adjoint, args.steps)
+                for adjoint in (
+                    diffrax.ReversibleAdjoint(checkpoints),
+                    diffrax.RecursiveCheckpointAdjoint(checkpoints),
+                )
+            )
+            row = dict(
+                problem=name,
+                steps=args.steps,
+                dtype="float32" if args.float32 else "float64",
+                checkpoints=checkpoints,
+                reversible=ours,
+                recursive=theirs,
+                ratio=ours / theirs,
+            )
+            file.write(json.dumps(row) + "\n")
+            print(f"{name:16s} {args.steps:6d} {checkpoints:4d} {ours:11.1f}", end=" ")
+            print(f"{theirs:10.1f} {ours / theirs:6.2f}", flush=True)
+            jax.clear_caches()
+
+
+def replays_per_step(checkpoints: int, num_steps: int) -> float:
+    root_finder = diffrax.VeryChord(rtol=1e-8, atol=1e-8, norm=optx.max_norm)
+
+    def loss(adjoint, y0):
+        sol = diffrax.diffeqsolve(
+            diffrax.ODETerm(lambda t, y, args: -y),
+            diffrax.Kvaerno3(root_finder=root_finder),
+            t0=0.0,
+            t1=1.0,
+            dt0=1 / num_steps,
+            y0=y0,
+            adjoint=adjoint,
+            max_steps=num_steps,
+        )
+        assert sol.ys is not None
+        return jnp.sum(sol.ys)
+
+    @jax.jit
+    def count(y0):
+        adjoint = diffrax.ReversibleAdjoint(checkpoints)
+        report = diffrax.reversal_report(loss, y0, adjoint=adjoint)
+        return report.num_steps, jnp.sum(report.replays)
+
+    made, replays = count(jnp.array(1.0))
+    assert made == num_steps
+    return int(replays) / num_steps
+
+
+def count_replays(file: IO[str], smoke: bool) -> None:
+    print(f"{'K':>4s} {'steps':>8s} {'replays':>8s}")
+    for checkpoints in (16,) if smoke else (16, 32, 64):
+        for num_steps in (100,) if smoke else (100, 1000, 10_000, 100_000):
+            replays = replays_per_step(checkpoints, num_steps)
+            row = dict(checkpoints=checkpoints, steps=num_steps, replays=replays)
+            file.write(json.dumps(row) + "\n")
+            print(f"{checkpoints:4d} {num_steps:8d} {replays:8.2f}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
@@ -107,42 +180,25 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--float32", action="store_true")
-    path = pathlib.Path(__file__).parent / "output" / "evaluations.jsonl"
-    parser.add_argument("--output", type=pathlib.Path, default=path)
+    parser.add_argument("--replays", action="store_true", help="count these instead")
+    parser.add_argument("--output", type=pathlib.Path)
     parser.add_argument("--smoke", action="store_true", help="as little as will run")
     args = parser.parse_args()
+    name = "replays" if args.replays else "evaluations"
     if args.smoke:
         args.problem, args.checkpoints, args.steps = ["decay"], [4], 20
-        args.output = args.output.with_name("evaluations-smoke.jsonl")
+        name += "-smoke"
+    if args.output is None:
+        args.output = pathlib.Path(__file__).parent / "output" / f"{name}.jsonl"
     jax.config.update("jax_enable_x64", not args.float32)
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    print(f"{'problem':16s} {'steps':>6s} {'K':>4s} {'reversible':>11s}", end=" ")
-    print(f"{'recursive':>10s} {'ratio':>6s}")
     with args.output.open("w") as file:
-        for name in args.problem:
-            for checkpoints in args.checkpoints:
-                ours, theirs = (
-                    evaluations_per_step(make_problems()[name], adjoint, args.steps)
-                    for adjoint in (
-                        diffrax.ReversibleAdjoint(checkpoints),
-                        diffrax.RecursiveCheckpointAdjoint(checkpoints),
-                    )
-                )
-                row = dict(
-                    problem=name,
-                    steps=args.steps,
-                    dtype="float32" if args.float32 else "float64",
-                    checkpoints=checkpoints,
-                    reversible=ours,
-                    recursive=theirs,
-                    ratio=ours / theirs,
-                )
-                file.write(json.dumps(row) + "\n")
-                print(
-                    f"{name:16s} {args.steps:6d} {checkpoints:4d} {ours:11.1f}", end=" "
-                )
-                print(f"{theirs:10.1f} {ours / theirs:6.2f}", flush=True)
-                jax.clear_caches()
+        if args.replays:
+            count_replays(file, args.smoke)
+        else:
+            count_evaluations(args, file)
+    if args.smoke and not args.replays:
+        count_replays(io.StringIO(), smoke=True)
 
 
 if __name__ == "__main__":

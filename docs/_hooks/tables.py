@@ -180,6 +180,19 @@ def _evaluations() -> str:
     return _table(["`checkpoints`", *map(str, counts)], cells)
 
 
+def _replays() -> str:
+    """How often each step is made again where none can be undone."""
+    rows = _read("replays")
+    of = {(row["checkpoints"], row["steps"]): row["replays"] for row in rows}
+    steps = sorted({row["steps"] for row in rows})
+    cells = [
+        [str(k), *(f"{of[k, n]:.1f}" for n in steps)]
+        for k in sorted({row["checkpoints"] for row in rows})
+    ]
+    first, *others = (f"{n:,}" for n in steps)
+    return _table(["`checkpoints`", f"{first} steps", *others], cells)
+
+
 def _machine() -> str:
     """With what, and on what, the times were measured."""
     row = _read("gradient")[-1]
@@ -197,5 +210,6 @@ tables = {
     "cost": _cost,
     "by problem": _by_problem,
     "evaluations": _evaluations,
+    "replays": _replays,
     "machine": _machine,
 }
