@@ -5,6 +5,7 @@ import functools as ft
 import html.parser
 import http.server
 import importlib.util
+import json
 import os
 import pathlib
 import re
@@ -59,8 +60,58 @@ def test_site_has_notebooks(site):
     for notebook in notebooks:
         page = (site / "notebooks" / notebook.stem / "index.html").read_text()
         assert f'href="../{notebook.name}"' in page
-        assert (site / "notebooks" / notebook.name).read_text() == notebook.read_text()
         assert page.count("<img") == notebook.read_text().count('"image/png"')
+
+
+def test_downloaded_notebook_stands_alone(site):
+    """It is the one that is stored, but for links that lead somewhere only from within
+    the site."""
+    for notebook in notebooks:
+        stored = json.loads(notebook.read_text())
+        downloaded = json.loads((site / "notebooks" / notebook.name).read_text())
+        text = ""
+        for cell, expected in zip(downloaded["cells"], stored["cells"], strict=True):
+            if cell["cell_type"] == "markdown":
+                text += "".join(cell.pop("source"))
+                expected.pop("source")
+            assert cell == expected
+        assert re.search(r"`\]\[|\.md\b|\]\(#", text) is None
+        assert "](http" in text or "](http" not in notebook.read_text()
+
+
+@pytest.mark.parametrize(
+    "link, expected",
+    (
+        ("[`diffrax.Heun`][]", "`diffrax.Heun`"),
+        (
+            "[how\nto](../choosing.md#memory)",
+            "[how\nto](https://a.b/c/choosing/#memory)",
+        ),
+        ("[a](b.md)", "[a](https://a.b/c/notebooks/b/)"),
+        ("[a](#b)", "[a](https://a.b/c/notebooks/pde/#b)"),
+        ("[a](https://arxiv.org/)", "[a](https://arxiv.org/)"),
+        ("$[0, 1](t)$", "$[0, 1](t)$"),
+    ),
+)
+def test_links_of_downloaded_notebook(link, expected):
+    _skip_without("mkdocs", "nbconvert")
+    path = root / "docs" / "_hooks" / "notebooks.py"
+    spec = importlib.util.spec_from_file_location("notebooks_hook", path)
+    assert spec is not None and spec.loader is not None
+    hook = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hook)
+    text = json.dumps({"cells": [{"cell_type": "markdown", "source": [link]}]})
+    changed = hook._to_download(text, "notebooks/pde.ipynb", "https://a.b/c/")
+    (cell,) = json.loads(changed)["cells"]
+    assert "".join(cell["source"]) == expected
+
+
+def test_site_has_licence_of_font(site):
+    """Which the font itself names, and has to go along with it."""
+    assert (site / "fonts" / "STIXTwoMath.ttf").is_file()
+    licence = (site / "fonts" / "OFL.txt").read_text()
+    assert "The STIX Fonts Project Authors" in licence
+    assert "SIL OPEN FONT LICENSE" in licence
 
 
 def test_site_mathematics(site):

@@ -20,7 +20,8 @@ _block = re.compile(r'<div class="arithmatex">\s*\\\[(.*?)\\\]\s*</div>', re.DOT
 
 
 def on_files(files, config):
-    # The one package that holds this font, under the SIL Open Font License.
+    # The one package that holds this font. Its licence, which has to go along with it,
+    # is `docs/fonts/OFL.txt`.
     font = importlib.resources.files("ziamath") / "fonts" / "STIXTwoMath-Regular.ttf"
     content = font.read_bytes()
     files.append(File.generated(config, "fonts/STIXTwoMath.ttf", content=content))
