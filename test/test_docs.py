@@ -380,6 +380,33 @@ def test_readme_shows_what_was_measured():
         assert memory_of_many == f"{many['temp_bytes'] / 2**20:.2f} MiB"
         assert float(error) == float(f"{few['error']:.1e}")
         assert float(time) == float(f"{few['time_ratio']:.2f}")
+    # And the text below the table.
+    text = " ".join(text.split())
+    for solver in ("`Tsit5", "`UReversible(Tsit5)"):
+        row = measured[solver, "`ReversibleAdjoint()`", 1000]
+        assert row["undone"] == 0 and "undoes none of these 1000 steps" in text
+        assert f"makes each of them again, {row['replays']:.2f} times" in text
+    sizes = {
+        (adjoint, n): measured["`Tsit5", f"`{adjoint}()`", n]["temp_bytes"]
+        for adjoint in ("RecursiveCheckpointAdjoint", "ReversibleAdjoint")
+        for n in (100, 1000, 100_000)
+    }
+    default, ours, at_1000 = (
+        f"{sizes[key] / 2**20:.2f} MiB"
+        for key in (
+            ("RecursiveCheckpointAdjoint", 100),
+            ("ReversibleAdjoint", 100),
+            ("ReversibleAdjoint", 1000),
+        )
+    )
+    saved = f"nothing to be saved: {default} in the first row, {ours} in the second"
+    assert saved in text
+    # A batch of 256, of dimension 16, and 4 bytes for each number.
+    room = 32 * 256 * 16 * 4 / 2**20
+    assert f"Of the {at_1000}, {room} are room for 32 states" in text
+    grown = sizes["ReversibleAdjoint", 100_000] - sizes["ReversibleAdjoint", 1000]
+    assert "of 4 bytes for each step" in text
+    assert abs(grown / 99_000 - 4) < 0.01
 
 
 def test_features_are_told_of():

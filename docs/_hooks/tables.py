@@ -123,10 +123,12 @@ def _cost() -> str:
                 f"{row['compile_seconds']:.1f} s",
                 _error(row),
                 f"{_mebibytes(row)} MiB",
+                f"{row['undone']:.0%}" if "undone" in row else "",
+                f"{row['replays']:.2f}" if "replays" in row else "",
             ]
         )
     head = ["Solver", "Adjoint", "Time", "Compile time", "Error", "Memory"]
-    return _table(head, cells)
+    return _table([*head, "Undone", "Made again"], cells)
 
 
 def _by_problem() -> str:
@@ -146,11 +148,13 @@ def _by_problem() -> str:
                 _error(reversible),
                 f"{reversible['time_ratio']:.2f}",
                 f"{reversible['temp_bytes'] / recursive['temp_bytes']:.2f}",
+                f"{reversible['undone']:.0%}",
+                f"{reversible['replays']:.2f}",
                 _error(coupled),
                 "" if failed else f"{coupled['time_ratio']:.2f}",
             ]
         )
-    head = ["Problem", "Steps", "Error", "Time", "Memory"]
+    head = ["Problem", "Steps", "Error", "Time", "Memory", "Undone", "Made again"]
     return _table([*head, "`UReversible`: error", "time"], cells)
 
 
