@@ -120,14 +120,14 @@ def _cost() -> str:
                 f"`{row['solver']}`",
                 f"`{row['adjoint']}`",
                 f"{row['time_ratio']:.2f}",
-                f"{row['compile_seconds']:.1f} s",
+                f"{row['compile_seconds']:.1f}",
                 _error(row),
-                f"{_mebibytes(row)} MiB",
+                _mebibytes(row),
                 f"{row['undone']:.0%}" if "undone" in row else "",
                 f"{row['replays']:.2f}" if "replays" in row else "",
             ]
         )
-    head = ["Solver", "Adjoint", "Time", "Compile time", "Error", "Memory"]
+    head = ["Solver", "Adjoint", "Time", "Compiling (s)", "Error", "MiB"]
     return _table([*head, "Undone", "Made again"], cells)
 
 
