@@ -1,14 +1,16 @@
 import functools as ft
 import operator
+from collections.abc import Callable
 from typing import Any, cast
 
 import equinox as eqx
 import equinox.internal as eqxi
+import jax.lax as lax
+import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from ._closed_solve import as_arrays, close_solve, set_y_and_solver_state
-from ._event import Event
-from ._heuristics import is_unsafe_sde
+from ._closed_solve import as_arrays, close_solve, flatten_subs
+from ._constant_record import can_compute_times
 from ._reversal import (
     AbstractReversal,
     AlgebraicReversal,
@@ -16,8 +18,7 @@ from ._reversal import (
     NumericalReversal,
 )
 from ._reverse_mode_only import reverse_mode_only
-from ._reversible_loop import reversible_loop
-from ._saveat import save_y, SaveAt, SubSaveAt
+from ._reversible_loop import Inputs, put_back_start, reversible_loop
 from ._solver import (
     AbstractReversibleSolver,
     AbstractSolver,
@@ -32,6 +33,7 @@ from ._step_size_controller import (
     PIDController,
     StepTo,
 )
+from ._step_times import get_times, set_times
 from ._term import AbstractTerm
 from ._upstream_adjoint import *  # noqa: F403
 from ._upstream_adjoint import (
@@ -73,8 +75,9 @@ class ReversibleAdjoint(AbstractAdjoint):
     It does so in memory that does not grow with the number of steps: that of a few
     states, and of those that are stored (see `checkpoints`). (What does grow is the
     record of the step times: one number for each of `max_steps` steps; two and a
-    boolean if there may be jumps; and what the solver itself records.) The forward pass
-    is that of the solver, with whatever solver.
+    boolean if there may be jumps; and what the solver itself records. Nothing for
+    constant steps with `max_steps=None`. And output does, such as that of
+    `SaveAt(dense=True)`.) The forward pass is that of the solver, with whatever solver.
 
     A step is undone
 
@@ -116,11 +119,13 @@ class ReversibleAdjoint(AbstractAdjoint):
     of these numbers.
 
     Gradients are computed with respect to `y0`, `args`, `terms`, `solver_state` (if
-    passed), and whatever the vector field closes over, through `SaveAt(t0=..., t1=...,
-    ts=...)`. An attempt to differentiate anything else (the times `t0`, `t1`, `dt0`,
-    `SaveAt(ts=...)` or those of the step size controller; the outputs `Solution.ts`,
-    `Solution.solver_state` and `Solution.controller_state`; a gradient) raises an
-    error.
+    passed), the times `t0`, `t1`, `dt0`, `SaveAt(ts=...)` and `StepTo(ts=...)`, and
+    whatever the vector field, `SaveAt(fn=...)` or the condition of an event closes
+    over; through all of `SaveAt`, and through events. They can be differentiated
+    further in forward mode (as by `jax.hessian`). An attempt to differentiate anything
+    else (the tolerances and other parameters of the step size controller; a gradient in
+    reverse mode; a solve with `max_steps=None`, unless its steps are those of `StepTo`,
+    or constant without a Brownian motion) raises an error.
 
     !!! example
 
@@ -158,10 +163,10 @@ class ReversibleAdjoint(AbstractAdjoint):
 
     !!! info
 
-        This cannot be forward-mode autodifferentiated. (E.g. using `jax.jvp`.) Try
-        using [`diffrax.ForwardMode`][] if you need forward-mode autodifferentiation, or
-        [`diffrax.DirectAdjoint`][] if you need both forward and reverse-mode
-        autodifferentiation.
+        A solve cannot be forward-mode autodifferentiated (e.g. using `jax.jvp`); only
+        its gradient can. Try using [`diffrax.ForwardMode`][] if you need forward-mode
+        autodifferentiation, or [`diffrax.DirectAdjoint`][] if you need both forward and
+        reverse-mode autodifferentiation.
 
     ??? cite "References"
 
@@ -229,8 +234,8 @@ class ReversibleAdjoint(AbstractAdjoint):
         passed_controller_state,
         progress_meter,
     ) -> Any:
+        del passed_solver_state, passed_controller_state
         name = ReversibleAdjoint.__name__
-        _check_supported(terms, saveat, event, name)
         reversal = _choose_reversal(solver, init_state.solver_state)
         if self.checkpoints == 0:
             _check_can_step_back(reversal, name)
@@ -239,66 +244,64 @@ class ReversibleAdjoint(AbstractAdjoint):
             "Consider using `adjoint=ForwardMode()` instead, or "
             "`adjoint=DirectAdjoint()` for both forward and reverse mode."
         )
-        y, solver_state, args, terms = reverse_mode_only(
-            (init_state.y, as_arrays(init_state.solver_state), args, terms),
-            no_forward_mode,
+        init_state = eqx.tree_at(
+            lambda s: s.solver_state,
+            init_state,
+            as_arrays(init_state.solver_state),
+            is_leaf=lambda x: x is None,
+        )
+        args, terms, init_state, saveat, stepsize_controller, t0, t1 = (
+            reverse_mode_only(
+                (args, terms, init_state, saveat, stepsize_controller, t0, t1),
+                no_forward_mode,
+            )
         )
         _refuse_gradient_of_steps(
             stepsize_controller, solver, terms, args, init_state, name
         )
-        nondifferentiable = ft.partial(_nondifferentiable_input, name=name)
-        t0 = nondifferentiable(t0, "t0")
-        t1 = nondifferentiable(t1, "t1")
-        saveat = nondifferentiable(saveat, "SaveAt(ts=...)")
-        kwargs: dict[str, Any] = dict(
-            stepsize_controller=nondifferentiable(
-                stepsize_controller, "stepsize_controller"
-            ),
-            event=event,
-            saveat=saveat,
-            t0=t0,
-            t1=t1,
-            dt0=nondifferentiable(dt0, "dt0"),
-            max_steps=max_steps,
-            init_state=init_state,
-            progress_meter=progress_meter,
+        stepsize_controller, init_state = _refuse_gradient_of_controller(
+            stepsize_controller, init_state, name
         )
-        if max_steps is None:
-            return self._unbounded_loop(
-                y, solver_state, args, terms, solver=solver, **kwargs
-            )
         on_failure = self.on_failure
         if on_failure == "raise" and not throw:
             on_failure = "nan"
-        local, closed = close_solve(
-            self._loop,
-            y,
-            solver_state,
-            args,
-            terms,
+        closing = dict(
             name=name,
             reversal=reversal,
             checkpoints=self.checkpoints,
             certificate=self.certificate,
             on_failure=on_failure,
-            **kwargs,
+            no_forward_mode=no_forward_mode,
+            trace=self._trace(terms),
         )
-        local = reverse_mode_only(local, no_forward_mode)
-        final_state, aux_stats = reversible_loop(
-            (y, solver_state, args, terms, local, self._trace(terms)), closed
-        )
-        # From a custom derivative rule even integers have a tangent, if an empty one,
-        # and not every primitive that comes later has a rule for that.
-        floats, others = eqx.partition(final_state, eqx.is_inexact_array)
-        others = eqxi.nondifferentiable_backward(others, symbolic=False)
-        return eqx.combine(floats, others), aux_stats
-
-    def _unbounded_loop(self, y, solver_state, args, terms, *, init_state, **kwargs):
-        init_state = set_y_and_solver_state(init_state, y, solver_state)
-        final_state, aux_stats = self._loop(
+        kwargs: dict[str, Any] = dict(
             args=args,
             terms=terms,
+            stepsize_controller=stepsize_controller,
+            event=event,
+            saveat=saveat,
+            t0=t0,
+            t1=t1,
+            dt0=dt0,
+            max_steps=max_steps,
             init_state=init_state,
+            progress_meter=progress_meter,
+        )
+        if max_steps is None and not _needs_no_buffer(
+            terms, stepsize_controller, reversal.record_state(init_state.solver_state)
+        ):
+            return self._unbounded_loop(solver=solver, **kwargs)
+        return self._loop(
+            solver=solver,
+            inner_while_loop=ft.partial(_inner_loop, kind="lax"),
+            outer_while_loop=ft.partial(
+                _reversible_while_loop, self._loop, closing, kwargs
+            ),
+            **kwargs,
+        )
+
+    def _unbounded_loop(self, **kwargs):
+        final_state, aux_stats = self._loop(
             inner_while_loop=ft.partial(_inner_loop, kind="lax"),
             outer_while_loop=ft.partial(_outer_loop, kind="lax"),
             **kwargs,
@@ -307,8 +310,9 @@ class ReversibleAdjoint(AbstractAdjoint):
         msg = (
             "Cannot differentiate `diffeqsolve(..., max_steps=None, "
             f"adjoint={name}())`: recording the times of the steps needs memory, the "
-            "size of which JAX has to know in advance. Put a bound on the maximum "
-            "number of steps."
+            "size of which JAX has to know in advance. (Unless they are those of "
+            "`StepTo`, or of `ConstantStepSize` for an equation without a Brownian "
+            "motion.) Put a bound on the maximum number of steps."
         )
         final_state = eqxi.nondifferentiable_backward(final_state, msg=msg)
         return final_state, aux_stats
@@ -335,10 +339,12 @@ ReversibleAdjoint.__init__.__doc__ = """**Arguments:**
 
 `ValueError` if one of the arguments is none of these.
 
-When used in [`diffrax.diffeqsolve`][], before anything runs: `ValueError` if there is
-an `UnsafeBrownianPath`, or with `checkpoints=0` if the steps of the solver cannot be
-undone; `NotImplementedError` for an `event`, or for any of `SaveAt(steps=...,
-dense=..., fn=..., subs=...)`, or for forward-mode autodifferentiation.
+When used in [`diffrax.diffeqsolve`][], before anything runs: `ValueError` with an
+`UnsafeBrownianPath` if the solver asks for other increments than those of whole steps,
+or with `checkpoints=0` if the steps of the solver cannot be undone;
+`NotImplementedError` for forward-mode autodifferentiation. When it is differentiated:
+`RuntimeError` if that is with respect to anything for which there is no gradient, twice
+in reverse mode, or without the bound on the number of steps that is needed.
 """
 
 
@@ -359,31 +365,16 @@ def _choose_reversal(solver: AbstractSolver, solver_state: PyTree) -> AbstractRe
     return NoReversal(solver)
 
 
-def _check_supported(
-    terms: PyTree[AbstractTerm], saveat: SaveAt, event: Event | None, name: str
-) -> None:
-    if is_unsafe_sde(terms):
-        raise ValueError(
-            f"Cannot use `adjoint={name}()` with `UnsafeBrownianPath`: the same "
-            "Brownian increments are needed again on the way back. Consider using "
-            "`VirtualBrownianTree` instead."
-        )
-    if saveat.dense:
-        refused = "SaveAt(dense=True)"
-    elif type(saveat.subs) is not SubSaveAt:
-        refused = "SaveAt(subs=...)` of anything but a single `SubSaveAt"
-    elif saveat.subs.steps != 0:
-        refused = "SaveAt(steps=...)"
-    elif saveat.subs.fn is not save_y:
-        refused = "SaveAt(fn=...)"
-    elif event is not None:
-        refused = "diffeqsolve(..., event=...)"
-    else:
-        return
-    raise NotImplementedError(
-        f"Cannot use `adjoint={name}()` with `{refused}`. Consider using "
-        "`adjoint=RecursiveCheckpointAdjoint()` instead."
-    )
+def _needs_no_buffer(
+    terms: PyTree[AbstractTerm],
+    controller: AbstractStepSizeController,
+    recorded: PyTree[Array],
+) -> bool:
+    """Whether the times of the steps are known without recording them, and the solver
+    records nothing else."""
+    if type(controller) is StepTo:
+        return True
+    return recorded is None and can_compute_times(terms, controller)
 
 
 def _check_can_step_back(reversal: AbstractReversal, name: str) -> None:
@@ -416,7 +407,14 @@ def _refuse_gradient_of_steps(
     pass, is a function of what is being differentiated."""
     if _has_steps_without_gradient(controller):
         return
-    # Only the derivative of this is of interest; its values are not used.
+    # Only the derivative of this is of interest; its values are not used. And only that
+    # with respect to other things than times.
+    state = eqx.tree_at(
+        lambda s: (s.tprev, s.tnext, s.controller_state),
+        state,
+        replace_fn=lax.stop_gradient,
+        is_leaf=lambda x: x is None,
+    )
     times = state.tprev, state.tnext
     y1, y_error, *_ = solver.step(
         terms, *times, state.y, args, state.solver_state, state.made_jump
@@ -434,9 +432,73 @@ def _refuse_gradient_of_steps(
     )
 
 
-def _nondifferentiable_input(x: PyTree, what: str, *, name: str) -> PyTree:
+def _refuse_gradient_of_controller(
+    controller: AbstractStepSizeController, state: Any, name: str
+) -> tuple[AbstractStepSizeController, Any]:
+    """Raises an error if anything is differentiated in the step size controller, or in
+    its state, but for what is among `Times`."""
     msg = (
-        f"Cannot differentiate with respect to `{what}` when using `adjoint={name}()`. "
-        "Consider using `adjoint=RecursiveCheckpointAdjoint()` instead."
+        "Cannot differentiate with respect to `stepsize_controller` when using "
+        f"`adjoint={name}()`, other than to `StepTo(ts=...)`. Consider using "
+        "`adjoint=RecursiveCheckpointAdjoint()` instead."
     )
-    return eqxi.nondifferentiable(x, msg=msg)
+    times = get_times(controller, state, state.tprev)
+    if times.step_to is not None:
+        controller = eqx.tree_at(
+            lambda c: c.ts, controller, lax.stop_gradient(times.step_to)
+        )
+    controller = eqxi.nondifferentiable(controller, msg=msg)
+    arrays = eqx.filter(state.controller_state, lambda x: jnp.ndim(x) > 0)
+    rest = eqx.filter(state.controller_state, lambda x: jnp.ndim(x) > 0, inverse=True)
+    arrays = eqxi.nondifferentiable(arrays, msg=msg)
+    state = eqx.tree_at(
+        lambda s: s.controller_state,
+        state,
+        eqx.combine(arrays, rest),
+        is_leaf=lambda x: x is None,
+    )
+    return set_times(times, controller, state)
+
+
+def _reversible_while_loop(
+    loop: Callable,
+    closing: dict[str, Any],
+    kwargs: dict[str, Any],
+    cond_fun: Callable,
+    body_fun: Callable,
+    init_val: Any,
+    *,
+    max_steps: int | None,
+    buffers: Callable,
+) -> Any:
+    """The loop over steps. Takes the place of `eqxi.while_loop`."""
+    del cond_fun, body_fun, max_steps, buffers  # Which are made again.
+    closing, kwargs = dict(closing), dict(kwargs)
+    no_forward_mode, trace = closing.pop("no_forward_mode"), closing.pop("trace")
+    args, terms = kwargs.pop("args"), kwargs.pop("terms")
+    init_state, saveat, t1 = kwargs["init_state"], kwargs["saveat"], kwargs.pop("t1")
+    times = get_times(kwargs["stepsize_controller"], init_state, t1)
+    y, solver_state = init_state.y, init_state.solver_state
+    local, closed = close_solve(
+        loop, y, solver_state, args, terms, times, **kwargs, **closing
+    )
+    local = reverse_mode_only(local, no_forward_mode)
+    arrays, rest = eqx.partition(closed, eqx.is_array)
+    inputs = Inputs(
+        y=y,
+        solver_state=solver_state,
+        args=args,
+        terms=terms,
+        local=local,
+        times=times,
+        save_ts=[sub.ts for sub in flatten_subs(saveat)],
+        closed=arrays,
+        trace=trace,
+    )
+    final_state = reversible_loop(inputs, rest)
+    # From a custom derivative rule even integers have a tangent, if an empty one, and
+    # not every primitive that comes later has a rule for that.
+    floats, others = eqx.partition(final_state, eqx.is_inexact_array)
+    others = eqxi.nondifferentiable_backward(others, symbolic=False)
+    final_state = eqx.combine(floats, others)
+    return put_back_start(final_state, init_val, flatten_subs(saveat))

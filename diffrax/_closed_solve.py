@@ -6,23 +6,30 @@ by the one of `ReversibleAdjoint` is first turned into one that holds such value
 part of its PyTree structure.
 """
 
+import dataclasses
 import functools as ft
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import equinox as eqx
 import equinox.internal as eqxi
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
-from ._custom_types import Args, RealScalarLike, Y
+from ._closed_function import close_function
+from ._constant_record import ConstantRecord
+from ._custom_types import Args, IntScalarLike, RealScalarLike, Y
+from ._event import Event
+from ._heuristics import is_unsafe_sde
 from ._known_controls import Asked, evaluate_controls, know_controls, listen
 from ._reversal import AbstractReversal
-from ._saveat import SaveAt
+from ._saveat import save_y, SaveAt, SubSaveAt
+from ._solver import AbstractSolver, AbstractWrappedSolver
 from ._step_record import may_jump, Step, StepRecord
 from ._step_size_controller import ConstantStepSize, StepTo
+from ._step_times import set_times, Times
 from ._stored_states import StoredStates
 from ._term import AbstractTerm
 from ._upstream_adjoint import _inner_loop
@@ -43,28 +50,86 @@ def as_arrays(tree: PyTree) -> PyTree:
 class LocalSolve(eqx.Module):
     """What is differentiated.
 
+    All of these functions close over the same values, each of which is held once.
+
     - `step`: makes one step; a function of `(terms, step, y0, args, solver_state,
         has_output)` that returns `(y1, dense_info, solver_state, hint)`.
     - `controls`: a function of `(terms, step)`, which is what `step.controls` is to be.
         `None` if that is to be `None`.
+    - `vf`: a function of `(terms, t, y, args)`, which is the `hint` for a step that
+        ends at `(t, y)` if that is not the solver state.
+    - `fns`: for each `SubSaveAt`, what it saves of the solution; a function of `(t, y,
+        args)`. `None` if that is `y` itself.
     """
 
-    step: Callable
-    controls: Callable | None
+    closed_over: list[Array]
+    _step: "_Open"
+    _controls: "_Open | None"
+    _vf: "_Open"
+    _fns: "list[_Open | None]"
+
+    def __init__(self, step, controls, vf, fns):
+        found: dict[int, Any] = {}
+        for closed in (step, controls, vf, *fns):
+            if closed is not None:
+                found |= {id(x): x for x in closed.consts}
+        self.closed_over = list(found.values())
+        places = {key: i for i, key in enumerate(found)}
+
+        def _open(closed):
+            return None if closed is None else _Open.of(closed, places)
+
+        self._step = cast(_Open, _open(step))
+        self._controls = _open(controls)
+        self._vf = cast(_Open, _open(vf))
+        self._fns = [_open(fn) for fn in fns]
+
+    def _close(self, fn: "_Open | None") -> Any:
+        return None if fn is None else fn.close(self.closed_over)
+
+    @property
+    def step(self) -> Callable:
+        return self._close(self._step)
+
+    @property
+    def controls(self) -> Callable | None:
+        return self._close(self._controls)
+
+    @property
+    def vf(self) -> Callable:
+        return self._close(self._vf)
+
+    @property
+    def fns(self) -> list[Callable | None]:
+        return [self._close(fn) for fn in self._fns]
+
+
+class _Open(eqx.Module):
+    """A function without the values that it closes over, and where to find them."""
+
+    fn: Any
+    places: tuple[int, ...] = eqx.field(static=True)
+
+    @classmethod
+    def of(cls, closed: Any, places: dict[int, int]) -> "_Open":
+        fn = eqx.tree_at(lambda c: c.consts, closed, [])
+        return cls(fn, tuple(places[id(x)] for x in closed.consts))
+
+    def close(self, values: list[Any]) -> Callable:
+        consts = [values[i] for i in self.places]
+        return eqx.tree_at(lambda c: c.consts, self.fn, consts)
 
 
 class ClosedSolve(eqx.Module):
     """A solve, and the parts of it that are needed for going back over it.
 
-    - `forward`: makes the whole solve; a function of `(y, solver_state, args, terms)`
-        that returns `(final_state, aux_stats, record, stored)`.
+    - `forward`: makes all steps; a function of `(y, solver_state, args, terms, times)`
+        that returns `(final_state, record, stored)`.
     - `replay`: makes one step; a function of `(terms, step, y0, args, solver_state)`
         that returns `(y1, solver_state)`.
     - `step_back`: undoes one step, the controls of which are known; a function of
         `(terms, step, y1, args, hint)` that returns `(y0, solver_state)`. `None` if
         there is no such thing.
-    - `vf`: a function of `(terms, t, y, args)`, which is the `hint` for a step that
-        ends at `(t, y)` if that is not the solver state.
     - `increment`: a function of `(terms, step, args, hint)`, which is the product of
         `vf` and the control of a step, which is known. `None` if there is no such
         thing.
@@ -74,7 +139,9 @@ class ClosedSolve(eqx.Module):
         above.)
     - `max_corrections`: how often to correct a guess of where a step started.
     - `checkpoints`, `certificate`: as passed to the adjoint.
-    - `saveat`, `t0`, `t1`: as passed to `diffeqsolve`.
+    - `every`: for each `SubSaveAt`, its `steps`.
+    - `first_time`: which of `StepTo(ts=...)` is the end of the first step but one.
+    - `t0`, `t1`: as passed to `diffeqsolve`.
     - `on_failure`: what to do if there is no gradient to be had: `"raise"`, `"nan"` or
         `"ignore"`.
     - `name`: what to call the adjoint in error messages.
@@ -83,14 +150,14 @@ class ClosedSolve(eqx.Module):
     forward: Callable
     replay: Callable
     step_back: Callable | None
-    vf: Callable
     increment: Callable | None
     interpolate: Callable
     reversal: type[AbstractReversal] = eqx.field(static=True)
     max_corrections: int = eqx.field(static=True)
     checkpoints: int = eqx.field(static=True)
     certificate: str = eqx.field(static=True)
-    saveat: SaveAt
+    every: tuple[int, ...] = eqx.field(static=True)
+    first_time: IntScalarLike
     t0: RealScalarLike
     t1: RealScalarLike
     on_failure: str
@@ -106,6 +173,20 @@ def set_y_and_solver_state(state: Any, y: Y, solver_state: PyTree) -> Any:
     )
 
 
+def without_derivative(solver: AbstractSolver) -> AbstractSolver:
+    """The same solver, for where its steps are not differentiated in reverse mode. (Its
+    loop over stages need not be such that it can be, which takes more.)"""
+    if isinstance(solver, AbstractWrappedSolver):
+        inner = without_derivative(solver.solver)
+        solver = eqx.tree_at(lambda s: s.solver, solver, inner)
+    names = [field.name for field in dataclasses.fields(solver)]
+    if "scan_kind" in names and solver.scan_kind is None:  # pyright: ignore
+        solver = eqx.tree_at(
+            lambda s: s.scan_kind, solver, "lax", is_leaf=lambda x: x is None
+        )
+    return solver
+
+
 # In what follows, `solve` is a pair: how steps are undone, and which controls the
 # solver asks for.
 _Solve = tuple[AbstractReversal, Asked | None]
@@ -113,6 +194,9 @@ _Solve = tuple[AbstractReversal, Asked | None]
 
 def _replay(solve: _Solve, terms, step, y0, args, solver_state):
     reversal, _ = solve
+    reversal = eqx.tree_at(
+        lambda r: r.solver, reversal, without_derivative(reversal.solver)
+    )
     y1, _, solver_state = reversal.replay(terms, step, y0, args, solver_state)
     return as_arrays((y1, solver_state))
 
@@ -161,6 +245,7 @@ def _with_controls(solve: _Solve, terms, step):
 
 def _listen(
     reversal: AbstractReversal,
+    name: str,
     terms: PyTree[AbstractTerm],
     step: Step,
     y: Y,
@@ -168,8 +253,13 @@ def _listen(
     solver_state: PyTree,
 ) -> Asked | None:
     """Which controls making and undoing a step ask for. `None` if there is nothing to
-    be gained by knowing them."""
-    if not reversal.knows_controls:
+    be gained by knowing them.
+
+    An `UnsafeBrownianPath` has no values but those of its increments, which are the
+    same for the same interval. So it is refused if any other is asked for than that of
+    the whole step."""
+    is_unsafe = is_unsafe_sde(terms)
+    if not (reversal.knows_controls or is_unsafe):
         return None
     asked: list[Asked | None] = []
 
@@ -178,12 +268,21 @@ def _listen(
             y1, _, _, hint = reversal.step(
                 terms, step, y, args, solver_state, jnp.array(True)
             )
-            reversal.step_back(terms, step, y1, args, hint)
+            if reversal.can_step_back:
+                reversal.step_back(terms, step, y1, args, hint)
 
         asked.append(listen(fn, terms, step.t0, step.t1))
 
     eqx.filter_eval_shape(make_and_undo, terms, step, y, args, solver_state)
     [out] = asked
+    if is_unsafe and out is None:
+        raise ValueError(
+            f"Cannot use `adjoint={name}()` with `UnsafeBrownianPath` and `solver="
+            f"{type(reversal.solver).__name__}(...)`, which asks for other increments "
+            "than those of whole steps. Consider using `VirtualBrownianTree` instead."
+        )
+    if not reversal.knows_controls:
+        return None
     return out if out is not None and any(out) else None
 
 
@@ -193,35 +292,46 @@ def close_solve(
     solver_state: PyTree,
     args: Args,
     terms: PyTree[AbstractTerm],
+    times: Times,
     *,
     name: str,
     reversal: AbstractReversal,
     checkpoints: int,
     certificate: str,
     init_state: Any,
-    max_steps: int,
+    max_steps: int | None,
     stepsize_controller: Any,
     saveat: SaveAt,
+    event: Event | None,
     t0: RealScalarLike,
-    t1: RealScalarLike,
+    dt0: RealScalarLike | None,
     on_failure: str,
-    **kwargs: Any,
+    progress_meter: Any,
 ) -> tuple[LocalSolve, ClosedSolve]:
     """Prepares a solve for `reversible_loop`.
 
     The arguments are those of [`diffrax.AbstractAdjoint.loop`][]. In addition, `loop`
-    is the integration loop, `reversal` is how to undo the steps of its solver,
-    `checkpoints` and `certificate` are those of its adjoint, and `name` is what to call
-    that in error messages.
+    is the integration loop, `times` is what the times of the steps depend on,
+    `reversal` is how to undo the steps of its solver, `checkpoints` and `certificate`
+    are those of its adjoint, and `name` is what to call that in error messages.
 
     Returns what is differentiated, and the solve.
     """
+    subs = flatten_subs(saveat)
     jumps = init_state.made_jump is not False or may_jump(stepsize_controller)
-    recorded = reversal.record_state(solver_state)
-    empty_record = StepRecord.allocate(init_state.tprev, max_steps, jumps, recorded)
+    num_recorded = max_steps
+    if type(stepsize_controller) is StepTo and max_steps is None:
+        num_recorded = len(stepsize_controller.ts) - 1
 
-    def forward(_y, _solver_state, _args, _terms):
+    def empty_record(state):
+        if num_recorded is None:
+            return ConstantRecord.allocate(state)
+        recorded = reversal.record_state(state.solver_state)
+        return StepRecord.allocate(state.tprev, num_recorded, jumps, recorded)
+
+    def forward(_y, _solver_state, _args, _terms, _times):
         _init_state = set_y_and_solver_state(init_state, _y, _solver_state)
+        _controller, _init_state = set_times(_times, stepsize_controller, _init_state)
         # Upstream's loop takes a `True` that is known when tracing to hold for every
         # step, if the controller keeps all steps.
         keeps_all = type(stepsize_controller) in (ConstantStepSize, StepTo)
@@ -234,56 +344,112 @@ def close_solve(
             loop,
             args=_args,
             terms=_terms,
-            solver=reversal.solver,
+            solver=without_derivative(reversal.solver),
             init_state=_init_state,
             max_steps=max_steps,
-            stepsize_controller=stepsize_controller,
+            stepsize_controller=_controller,
             saveat=saveat,
+            # That is looked for after the loop.
+            event=_without_root_finder(event),
             t0=t0,
-            t1=t1,
-            **kwargs,
+            t1=_times.t1,
+            dt0=dt0,
+            progress_meter=progress_meter,
         )
         kept = _y, _solver_state if reversal.has_state else None
         stored = StoredStates.allocate(checkpoints, kept)
-        return _loop_and_record(_loop, reversal, empty_record, stored, always_jumps)
+        record = empty_record(_init_state)
+        return _loop_and_record(_loop, reversal, record, stored, always_jumps)
 
-    step = eqx.filter_eval_shape(empty_record.read, 0, 1)
-    local, parts = _close_parts(reversal, name, terms, step, y, args, solver_state)
-    convert: Any = eqx.filter_closure_convert
-    closed_forward = convert(forward, y, solver_state, args, terms)
+    step = eqx.filter_eval_shape(
+        lambda state: empty_record(state).read(0, 1), init_state
+    )
+    state = step, y, args, solver_state
+    local, parts = _close_parts(reversal, name, terms, subs, *state)
+    # These have a gradient, if any, elsewhere.
+    elsewhere = jtu.tree_leaves(
+        (
+            (t0, dt0, [sub.ts for sub in subs]),
+            (init_state.event_values, init_state.event_tprev, init_state.event_tnext),
+            _conditions_close_over(
+                event,
+                times.tprev,
+                y,
+                args,
+                terms,
+                solver=reversal.solver,
+                t0=t0,
+                t1=times.t1,
+                dt0=dt0,
+                saveat=saveat,
+                stepsize_controller=stepsize_controller,
+                max_steps=max_steps,
+            ),
+        )
+    )
+    closed_forward = close_function(forward, y, solver_state, args, terms, times)
+    has_gradient = _ids(local.closed_over) | _ids(elsewhere)
     return local, ClosedSolve(
-        forward=_without_gradient(closed_forward, _ids(local), name),
+        forward=_without_gradient(closed_forward, has_gradient, name),
         **parts,
         reversal=type(reversal),
         max_corrections=reversal.max_corrections,
         checkpoints=checkpoints,
         certificate=certificate,
-        saveat=saveat,
+        every=tuple(sub.steps for sub in subs),
+        first_time=(
+            init_state.controller_state if type(stepsize_controller) is StepTo else 0
+        ),
         t0=t0,
-        t1=t1,
+        t1=times.t1,
         on_failure=on_failure,
         name=name,
     )
+
+
+def flatten_subs(saveat: SaveAt) -> list[SubSaveAt]:
+    """All of `SaveAt(subs=...)`."""
+    is_sub = lambda x: isinstance(x, SubSaveAt)
+    return jtu.tree_leaves(saveat.subs, is_leaf=is_sub)
+
+
+def _without_root_finder(event: Event | None) -> Event | None:
+    return None if event is None else Event(event.cond_fn, None, event.direction)
+
+
+def _conditions_close_over(
+    event: Event | None, t: RealScalarLike, y: Y, args: Args, terms: Any, **kwargs: Any
+) -> list[Any]:
+    """The values that the conditions of an event close over."""
+    if event is None:
+        return []
+
+    def _evaluate(_t, _y, _args, _terms):
+        fns = jtu.tree_leaves(event.cond_fn, is_leaf=callable)
+        return [fn(_t, _y, _args, terms=_terms, **kwargs) for fn in fns]
+
+    return close_function(_evaluate, t, y, args, terms).consts
 
 
 def _close_parts(
     reversal: AbstractReversal,
     name: str,
     terms: PyTree[AbstractTerm],
+    subs: list[SubSaveAt],
     step: Step,
     y: Y,
     args: Args,
     solver_state: PyTree,
 ) -> tuple[LocalSolve, dict[str, Any]]:
     """Returns `local`, and the other functions of a single step."""
-    solve = reversal, _listen(reversal, terms, step, y, args, solver_state)
+    solve = reversal, _listen(reversal, name, terms, step, y, args, solver_state)
 
     def convert(fn, *args):
-        converted: Any = eqx.filter_closure_convert
-        return converted(ft.partial(fn, solve), *args)
+        return close_function(ft.partial(fn, solve), *args)
 
     def close(fn, *args):
-        return _without_gradient(convert(fn, *args), _ids(local), name)
+        closed = convert(fn, *args)
+        return _without_gradient(closed, _ids(local.closed_over), name)
 
     controls, with_controls = None, step
     if solve[1] is not None:
@@ -296,7 +462,12 @@ def _close_parts(
         )
     step_args = terms, with_controls, y, args, solver_state
     has_output = jnp.array(True)
-    local = LocalSolve(convert(_step, *step_args, has_output), controls)
+    local = LocalSolve(
+        convert(_step, *step_args, has_output),
+        controls,
+        convert(_vf, terms, step.t1, y, args),
+        [_close_fn(sub.fn, step.t1, y, args) for sub in subs],
+    )
     _, dense_info, _, hint = eqx.filter_eval_shape(local.step, *step_args, has_output)
     step_back = increment = None
     if reversal.can_step_back:
@@ -307,31 +478,32 @@ def _close_parts(
     return local, dict(
         replay=close(_replay, terms, step, y, args, solver_state),
         step_back=step_back,
-        vf=close(_vf, terms, step.t1, y, args),
         increment=increment,
         interpolate=_without_gradient(interpolate, set(), name),
     )
 
 
-def _ids(local: LocalSolve) -> set[int]:
-    """Of everything that these functions close over. They are what passes on the
-    gradient with respect to that. Nothing else does."""
-    closed: list[Any] = [local.step, local.controls]
-    return {id(x) for fn in closed if fn is not None for x in fn.consts}
+def _close_fn(fn: Callable, t: Any, y: Y, args: Args) -> Callable | None:
+    if fn is save_y:
+        return None
+    return close_function(lambda *a: as_arrays(fn(*a)), t, y, args)
+
+
+def _ids(values: list[Any]) -> set[int]:
+    return {id(x) for x in values}
 
 
 def _without_gradient(closed: Any, has_gradient: set[int], name: str) -> Any:
+    """`has_gradient` are the values, by `id`, the gradient with respect to which is
+    passed on elsewhere."""
     msg = (
         f"Cannot differentiate, when using `adjoint={name}()`, with respect to a value "
-        "that only the step size controller, its state, the times of the solve, or the "
-        "solver's interpolation depend on. Consider using "
-        "`adjoint=RecursiveCheckpointAdjoint()`, or wrapping the value in "
-        "`jax.lax.stop_gradient`."
+        "that only the step size controller, its state, or the solver's interpolation "
+        "depend on. Consider using `adjoint=RecursiveCheckpointAdjoint()`, or wrapping "
+        "the value in `jax.lax.stop_gradient`."
     )
     consts = [
-        lax.stop_gradient(x)
-        if id(x) in has_gradient
-        else eqxi.nondifferentiable(x, msg=msg)
+        x if id(x) in has_gradient else eqxi.nondifferentiable(x, msg=msg)
         for x in closed.consts
     ]
     return eqx.tree_at(lambda c: c.consts, closed, consts)
@@ -340,10 +512,10 @@ def _without_gradient(closed: Any, has_gradient: set[int], name: str) -> Any:
 def _loop_and_record(
     loop: Callable,
     reversal: AbstractReversal,
-    record: StepRecord,
+    record: StepRecord | ConstantRecord,
     stored: StoredStates,
     always_jumps: bool,
-) -> tuple[Any, Any, StepRecord, StoredStates]:
+) -> tuple[Any, StepRecord | ConstantRecord, StoredStates]:
     """Runs `loop`, recording every accepted step and storing some states."""
     final: Any = None
 
@@ -376,7 +548,7 @@ def _loop_and_record(
             return buffers(state), _record.buffers, _stored.buffers
 
         nonlocal final
-        final_val, *final = eqxi.while_loop(
+        final = eqxi.while_loop(
             _cond_fun,
             _body_fun,
             (init_val, record, stored),
@@ -384,11 +556,15 @@ def _loop_and_record(
             buffers=_buffers,
             kind="lax",
         )
-        return final_val
+        final_state, *_ = final
+        return final_state
 
-    final_state, aux_stats = loop(
+    # What comes after the loop is made, and differentiated, elsewhere.
+    loop(
         inner_while_loop=ft.partial(_inner_loop, kind="lax"),
         outer_while_loop=outer_while_loop,
     )
     assert final is not None
-    return final_state, aux_stats, *final
+    final_state, record, stored = final
+    record = eqx.tree_at(lambda r: r.end, record, final_state.tprev)
+    return final_state, record, stored

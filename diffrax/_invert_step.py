@@ -2,7 +2,7 @@
 
 import functools as ft
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import equinox.internal as eqxi
@@ -74,9 +74,15 @@ class _Traced:
             if value is None
         ]
 
-    def __call__(self, y: Y) -> list[Array]:
+    @property
+    def consts(self) -> list[Any]:
+        """What the function closes over."""
+        return self._jaxpr.consts
+
+    def __call__(self, y: Y, consts: list[Any]) -> list[Array]:
         """The outputs that are not known without evaluating anything."""
-        out = jex.core.jaxpr_as_fun(self._jaxpr)(*jtu.tree_leaves(y))
+        closed = jex.core.ClosedJaxpr(self._jaxpr.jaxpr, consts)
+        out = jex.core.jaxpr_as_fun(closed)(*jtu.tree_leaves(y))
         return [x for x, value in zip(out, self._known) if value is None]
 
     def complete(self, outputs: list[Array]) -> PyTree:
@@ -142,7 +148,7 @@ def _next_y0(
     end: Y,
     y1: Y,
     known: BoolScalarLike,
-    known_y0: Y | None,
+    start: Y,
 ) -> tuple[Y, Y]:
     """What to try next, where the step from `val.y0` led to `end`. And `val.target`."""
     is_first = val.index == 0
@@ -162,10 +168,158 @@ def _next_y0(
         first = jnp.where(known, start, guess)
         return jnp.where(is_first, first, jnp.where(val.at_best, best, correction))
 
-    start = y1 if known_y0 is None else known_y0
     y0 = jtu.tree_map(choose, start, back, corrected, val.best_y0, y1)
     target = jtu.tree_map(lambda a, b: jnp.where(is_first, a, b), back, val.target)
     return y0, target
+
+
+class _Problem(NamedTuple):
+    """The functions that are passed to `invert_step`, but for what they close over."""
+
+    step: _Traced
+    step_back: _Traced
+    max_corrections: int
+
+    def end(self, y0: Y, consts: list[Any]) -> Y:
+        """Where the step from `y0` ends."""
+        y1, _ = self.step.complete(self.step(y0, consts))
+        return y1
+
+    def back(self, y: Y, is_y1: BoolScalarLike, consts: list[Any]) -> Y:
+        return self.step_back.complete(self.step_back((y, jnp.asarray(is_y1)), consts))
+
+
+# The derivative of an iteration is behind that iteration: it would still be wrong in
+# the digits that the last round was for. So this has a rule of its own.
+@eqx.filter_custom_jvp
+def _invert(
+    y1: Y,
+    start: Y,
+    known: Bool[Array, ""],
+    consts: list[Any],
+    back_consts: list[Any],
+    *,
+    problem: _Problem,
+) -> _Iteration:
+    """The last iterate. `start` is where the step starts, if `known`."""
+    size1 = max_abs(y1)
+
+    def distance(y0, outputs):
+        end, _ = problem.step.complete(outputs)
+        size = jtu.tree_map(jnp.maximum, size1, max_abs(y0))
+        return relative_distance(end, y1, size)
+
+    def step_back(y, is_y1):
+        return problem.back(y, is_y1, back_consts)
+
+    def body_fun(val: _Iteration) -> _Iteration:
+        end, _ = problem.step.complete(val.outputs)
+        y0, target = _next_y0(val, step_back, end, y1, known, start)
+        outputs = problem.step(y0, consts)
+        error = distance(y0, outputs)
+        halved = error <= 0.5 * val.best_error
+        stalled = jnp.where(halved, 0, val.stalled + 1)
+        is_best = error < val.best_error
+        best_error = jnp.where(is_best, error, val.best_error)
+        best_y0 = jtu.tree_map(lambda a, b: jnp.where(is_best, a, b), y0, val.best_y0)
+        given_up = (stalled >= 2) | (val.index >= problem.max_corrections)
+        done = (
+            known
+            | (error <= _tolerance)
+            | val.at_best
+            | (given_up & (error <= 2 * best_error))
+        )
+        return _Iteration(
+            index=val.index + 1,
+            y0=y0,
+            outputs=outputs,
+            target=target,
+            error=error,
+            best_error=best_error,
+            best_y0=best_y0,
+            stalled=stalled,
+            at_best=given_up,
+            done=jnp.asarray(done),
+        )
+
+    zeros = [jnp.zeros(x.shape, x.dtype) for x in problem.step.struct]
+    return eqxi.while_loop(
+        lambda val: ~val.done, body_fun, _start(y1, zeros), kind="lax"
+    )
+
+
+@_invert.def_jvp
+def _invert_jvp(primals, tangents, *, problem: _Problem):
+    """Differentiates the equation that the step ends at `y1`."""
+    y1, _, known, consts, back_consts = primals
+    val = _invert(*primals, problem=problem)
+    t_y1, t_start, _, t_consts, _ = jtu.tree_map(_instantiate, primals, tangents)
+    diff_consts, nondiff_consts = eqx.partition(consts, eqx.is_inexact_array)
+
+    def end(_diff_consts):
+        return problem.end(val.y0, eqx.combine(_diff_consts, nondiff_consts))
+
+    _, t_end = jax.jvp(end, (diff_consts,), (t_consts,))
+    rhs = (t_y1**ω - t_end**ω).ω
+    rhs = jtu.tree_map(lambda x: jnp.where(known, 0, x), rhs)
+    _, derivative = jax.linearize(lambda y0: problem.end(y0, consts), val.y0)
+    _, inverse = jax.linearize(
+        lambda y: problem.back(y, jnp.array(False), back_consts), y1
+    )
+    solution = _solve_linear(derivative, inverse, rhs)
+    t_y0 = jtu.tree_map(lambda a, b: jnp.where(known, a, b), t_start, solution)
+
+    def outputs(y0, _diff_consts):
+        out = problem.step(y0, eqx.combine(_diff_consts, nondiff_consts))
+        return eqx.filter(out, eqx.is_inexact_array)
+
+    _, t_outputs = jax.jvp(outputs, (val.y0, diff_consts), (t_y0, t_consts))
+    none = jtu.tree_map(lambda _: None, val)
+    return val, eqx.tree_at(
+        lambda v: (v.y0, v.outputs),
+        none,
+        (t_y0, t_outputs),
+        is_leaf=lambda x: x is None,
+    )
+
+
+def _instantiate(x: Any, tangent: Any) -> Any:
+    if tangent is None and eqx.is_inexact_array(x):
+        return jnp.zeros_like(x)
+    return tangent
+
+
+def _solve_linear(derivative: Callable[[Y], Y], inverse: Callable[[Y], Y], rhs: Y) -> Y:
+    """Solves `derivative(x) == rhs` by the iteration that the step was inverted with.
+    (`inverse` is the linearisation of what it used.) NaN if it does not converge."""
+
+    def size(x):
+        norms = [jnp.sum(jnp.abs(y) ** 2) for y in jtu.tree_leaves(x)]
+        norms = [n.astype(jnp.result_type(float)) for n in norms]
+        return jnp.sqrt(sum(norms, jnp.zeros((), jnp.result_type(float))))
+
+    eps = [float(jnp.finfo(x.dtype).eps) for x in jtu.tree_leaves(rhs)]
+    eps = max(eps, default=1.0)
+    largest = size(rhs)
+
+    def cond_fun(carry):
+        index, _, residual, error, last_error = carry
+        go_on = (error > 4 * eps * largest) & (error <= 0.5 * last_error)
+        return go_on & (index < 64)
+
+    def body_fun(carry):
+        index, x, residual, error, _ = carry
+        x = (x**ω + inverse(residual) ** ω).ω
+        residual = (rhs**ω - derivative(x) ** ω).ω
+        return index + 1, x, residual, size(residual), error
+
+    zeros = jtu.tree_map(jnp.zeros_like, rhs)
+    infinity = jnp.full_like(largest, jnp.inf)
+    _, x, _, error, _ = lax.while_loop(
+        cond_fun, body_fun, (jnp.array(0), zeros, rhs, largest, infinity)
+    )
+    converged = error <= eps ** (2 / 3) * largest
+    return jtu.tree_map(lambda x: jnp.where(converged, x, jnp.nan), x)
 
 
 def invert_step(
@@ -196,44 +350,15 @@ def invert_step(
     - `max_corrections`: how often to correct the first guess.
     """
     traced = _Traced(step, y1)
-    size1 = max_abs(y1)
-
-    def distance(y0, outputs):
-        end, _ = traced.complete(outputs)
-        size = jtu.tree_map(jnp.maximum, size1, max_abs(y0))
-        return relative_distance(end, y1, size)
-
-    def body_fun(val: _Iteration) -> _Iteration:
-        end, _ = traced.complete(val.outputs)
-        y0, target = _next_y0(val, step_back, end, y1, known, known_y0)
-        outputs = traced(y0)
-        error = distance(y0, outputs)
-        halved = error <= 0.5 * val.best_error
-        stalled = jnp.where(halved, 0, val.stalled + 1)
-        is_best = error < val.best_error
-        best_error = jnp.where(is_best, error, val.best_error)
-        best_y0 = jtu.tree_map(lambda a, b: jnp.where(is_best, a, b), y0, val.best_y0)
-        given_up = (stalled >= 2) | (val.index >= max_corrections)
-        done = (
-            known
-            | (error <= _tolerance)
-            | val.at_best
-            | (given_up & (error <= 2 * best_error))
-        )
-        return _Iteration(
-            index=val.index + 1,
-            y0=y0,
-            outputs=outputs,
-            target=target,
-            error=error,
-            best_error=best_error,
-            best_y0=best_y0,
-            stalled=stalled,
-            at_best=given_up,
-            done=jnp.asarray(done),
-        )
-
-    start = _start(y1, [jnp.zeros(x.shape, x.dtype) for x in traced.struct])
-    val = eqxi.while_loop(lambda val: ~val.done, body_fun, start, kind="lax")
+    back = _Traced(lambda y: step_back(*y), (y1, jnp.array(True)))
+    start = y1 if known_y0 is None else known_y0
+    val = _invert(
+        y1,
+        start,
+        jnp.asarray(known),
+        traced.consts,
+        back.consts,
+        problem=_Problem(traced, back, max_corrections),
+    )
     _, aux = traced.complete(val.outputs)
     return InvertedStep(val.y0, val.target, aux, val.error, val.index - 1)

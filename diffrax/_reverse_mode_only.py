@@ -39,10 +39,11 @@ def _primal_batch(args, axes, *, msg):
 def _primal_jvp(primals, tangents, *, msg):
     (x,) = primals
     (t_x,) = tangents
-    out = _primal_p.bind(x, msg=msg)
+    # Not marked again: that its derivative is differentiated further, is not for us to
+    # judge.
     if isinstance(t_x, ad.Zero):
-        return out, t_x
-    return out, _tangent_p.bind(ad.instantiate_zeros(t_x), msg=msg)
+        return x, t_x
+    return x, _tangent_p.bind(ad.instantiate_zeros(t_x), msg=msg)
 
 
 def _tangent_transpose(ct, x, *, msg):

@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Int, PyTree, Real
 from ._closed_solve import as_arrays
 from ._custom_types import BoolScalarLike, IntScalarLike, RealScalarLike
 from ._invert_step import relative_distance
+from ._reverse_output import stop_gradient
 from ._reverse_step import known_size, Position, ReverseStep, where
 from ._rounding_probe import sketch
 from ._step_trace import StepTrace
@@ -116,7 +117,7 @@ class ReversePass(eqx.Module):
             )
             sketch_, norms = lax.cond(
                 eqxi.unvmap_any(try_ | val.tried),
-                lambda: sketch(_cotangents(new)),
+                lambda: sketch(stop_gradient(_cotangents(new))),
                 lambda: (val.sketch, jtu.tree_map(jnp.abs, val.sketch)),
             )
             differs = relative_distance(
@@ -319,4 +320,5 @@ class ReversePass(eqx.Module):
 
 
 def _cotangents(position: Position) -> PyTree[Array]:
-    return position.grad_y, position.grad_solver_state, position.grads
+    grad_times = position.grad_times
+    return position.grad_y, position.grad_solver_state, position.grads, grad_times

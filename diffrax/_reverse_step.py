@@ -15,22 +15,22 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Int, PyTree
 
 from ._closed_solve import ClosedSolve
+from ._constant_record import ConstantRecord
 from ._custom_types import BoolScalarLike, DenseInfo, IntScalarLike, Y
 from ._invert_step import invert_step, relative_distance
+from ._reverse_output import (
+    add,
+    Cursor,
+    DenseOutput,
+    filter_inexact,
+    SavedOutput,
+    stop_gradient,
+    zeros_like,
+)
 from ._rounding_probe import advance, derivative, rounding
 from ._step_record import Step, StepRecord
+from ._step_times import TimeCotangents, TimeGradient
 from ._step_trace import Signals
-
-
-filter_inexact = ft.partial(eqx.filter, filter_spec=eqx.is_inexact_array)
-
-
-def add(x: PyTree, y: PyTree) -> PyTree:
-    return jtu.tree_map(jnp.add, x, y)
-
-
-def zeros_like(tree: PyTree) -> PyTree:
-    return jtu.tree_map(jnp.zeros_like, tree)
 
 
 def where(pred: BoolScalarLike, x: PyTree, y: PyTree) -> PyTree:
@@ -41,21 +41,24 @@ class Position(eqx.Module):
     """How far going backward has come.
 
     - `index`: the number of the step that starts here.
-    - `ts_index`: how many of `SaveAt(ts=...)` are not after this.
+    - `cursors`: where it is in the output of each `SubSaveAt`.
     - `y`, `hint`: the state here, and what undoing the step before needs in addition.
     - `grad_y`, `grad_solver_state`: the cotangents of the state.
     - `grads`: those of the parameters, so far.
+    - `grad_times`: those of what the times of the steps depend on, so far. `None` if
+        nobody asks for these.
     - `error`: what rounding may have led to since the last state that was known: of
         `y`, and of the solver state if that is the hint.
     """
 
     index: Int[Array, ""]
-    ts_index: IntScalarLike
+    cursors: list[Cursor]
     y: Y
     hint: PyTree
     grad_y: PyTree[Array]
     grad_solver_state: PyTree[Array]
     grads: PyTree[Array]
+    grad_times: TimeGradient | None
     error: PyTree[Array]
 
 
@@ -65,18 +68,23 @@ class ReverseStep(eqx.Module):
     - `y0`, `solver_state0`: the state at the start of the solve.
     - `diff_params`, `nondiff_params`: `[args, terms, local]`, and which of that to
         differentiate.
-    - `grad_ys`: the cotangents of what was saved, each one or more rows of: `[t0,
-        ts[0], ..., ts[-1], t1]`, of which each may be missing.
+    - `outputs`, `dense`: the cotangents of what was saved.
+    - `moved`: the derivative of the record in each direction in which the times may
+        change. `None` if there are none.
+    - `first_time`: which of `StepTo(ts=...)` is the end of the first step but one.
     """
 
     closed: ClosedSolve
-    record: StepRecord
+    record: StepRecord | ConstantRecord
     num_steps: IntScalarLike
     y0: Y
     solver_state0: PyTree
     diff_params: PyTree
     nondiff_params: PyTree
-    grad_ys: PyTree[Array]
+    outputs: list[SavedOutput]
+    dense: DenseOutput
+    moved: StepRecord | ConstantRecord | None
+    first_time: IntScalarLike
 
     @property
     def params(self) -> PyTree:
@@ -104,9 +112,9 @@ class ReverseStep(eqx.Module):
         cotangents; the step; and the number of corrections that were made."""
         closed = self.closed
         index = position.index - 1
-        step, pull_back_controls = self._know_controls(
-            self.record.read(index, self.num_steps)
-        )
+        step = self.record.read(index, self.num_steps)
+        position = self._pull_back_end(position, step)
+        step, pull_back_controls = self._know_controls(step)
         has_output = self._has_output(position, step)
         position = self._before_jump(position, step)
         linearise = ft.partial(
@@ -142,17 +150,18 @@ class ReverseStep(eqx.Module):
             y0, solver_state0 = where(known, state0, undone)
             y1, aux = linearise(y0, solver_state0)
 
-        missed = relative_distance(
-            filter_inexact(y1), filter_inexact(position.y), size, self.tolerance()
-        )
+        # No part of the certificate is differentiated.
+        end, known_end = stop_gradient((filter_inexact(y1), filter_inexact(position.y)))
+        missed = relative_distance(end, known_end, size, self.tolerance())
         zero = jnp.zeros_like(missed)
         signals = Signals(drift=missed, residual=missed, rounding=zero, cotangents=zero)
         error = position.error
         if error is not None:
+            frozen: Any = stop_gradient((self, position, step, y0, undone))
             error = lax.cond(
                 eqxi.unvmap_all(known),
                 lambda: error,
-                lambda: self._advance_error(position, step, y0, undone),
+                lambda: frozen[0]._advance_error(*frozen[1:]),
             )
             grown = relative_distance(
                 error[0], zeros_like(error[0]), size, self.tolerance()
@@ -166,23 +175,29 @@ class ReverseStep(eqx.Module):
 
     def _know_controls(self, step: Step) -> tuple[Step, Callable | None]:
         """The step with its controls; and what pulls back their cotangents onto the
-        parameters, if they depend on any."""
+        parameters and the times of the step, if they depend on any."""
 
-        def fn(_diff_params):
+        def fn(_diff):
+            _diff_params, _times = _diff
             _, _terms, _local = eqx.combine(_diff_params, self.nondiff_params)
-            return _local.controls(_terms, step)
+            return _local.controls(_terms, _with_times(step, _times))
 
         *_, local = self.params
         if local.controls is None:
             return step, None
-        if _depends(fn, self.diff_params):
-            controls, pull_back = eqx.filter_vjp(fn, self.diff_params)
+        diff = self.diff_params, self._times(step)
+        if _depends(fn, diff):
+            controls, pull_back = eqx.filter_vjp(fn, diff)
         else:
-            controls, pull_back = fn(self.diff_params), None
+            controls, pull_back = fn(diff), None
         step = eqx.tree_at(
             lambda s: s.controls, step, controls, is_leaf=lambda x: x is None
         )
         return step, pull_back
+
+    def _times(self, step: Step) -> PyTree[Array]:
+        """The times of a step, if it is to be differentiated with respect to them."""
+        return None if self.moved is None else (step.t0, step.t1)
 
     def _before_jump(self, position: Position, step: Step) -> Position:
         """The vector field before a jump is not that of the step that starts there."""
@@ -194,7 +209,7 @@ class ReverseStep(eqx.Module):
             eqxi.unvmap_any(step.next_made_jump),
             lambda: where(
                 step.next_made_jump,
-                closed.vf(terms, step.t1, position.y, args),
+                self.params[2].vf(terms, step.t1, position.y, args),
                 position.hint,
             ),
             lambda: position.hint,
@@ -212,7 +227,7 @@ class ReverseStep(eqx.Module):
         if closed.certificate != "full" or not closed.reversal.can_step_back:
             return None
         tree = filter_inexact((y, hint if closed.reversal.has_state else None))
-        return rounding(tree)
+        return rounding(stop_gradient(tree))
 
     def _advance_error(
         self, position: Position, step: Step, y0: Y, undone: PyTree
@@ -235,7 +250,7 @@ class ReverseStep(eqx.Module):
         else:
 
             def _increment(y):
-                vf = closed.vf(terms, step.t1, y, args)
+                vf = self.params[2].vf(terms, step.t1, y, args)
                 return closed.increment(terms, step, args, vf)  # pyright: ignore
 
             value = closed.increment(terms, step, args, position.hint)
@@ -244,14 +259,13 @@ class ReverseStep(eqx.Module):
         return add(error, self.start_error(y0, undone[1]))
 
     def _guess(self, step: Step, y: Y, hint: PyTree, is_y1: BoolScalarLike) -> Y:
-        closed = self.closed
         args, terms, _ = self.params
         if hint is not None:
             # The first evaluation of a step back from `y1` has been made already.
             hint = lax.cond(
                 eqxi.unvmap_all(is_y1),
                 lambda: hint,
-                lambda: where(is_y1, hint, closed.vf(terms, step.t1, y, args)),
+                lambda: where(is_y1, hint, self.params[2].vf(terms, step.t1, y, args)),
             )
         y0, _ = self._step_back(step, y, hint)
         return y0
@@ -269,10 +283,10 @@ class ReverseStep(eqx.Module):
         diff_state, nondiff_state = eqx.partition(
             (y0, solver_state0), eqx.is_inexact_array
         )
-        no_output = self.closed.saveat.subs.ts is None
+        no_output = not self._may_have_output()
         controls = filter_inexact(step.controls) if has_grad_controls else None
 
-        def _local(_diff_state, _params, _controls):
+        def _local(_diff_state, _params, _controls, _times):
             _y0, _solver_state0 = eqx.combine(_diff_state, nondiff_state)
             _args, _terms, _closed = eqx.combine(_params, self.nondiff_params)
             _step = eqx.tree_at(
@@ -282,7 +296,12 @@ class ReverseStep(eqx.Module):
                 is_leaf=lambda x: x is None,
             )
             y1, dense_info, solver_state1, hint0 = _closed.step(
-                _terms, _step, _y0, _args, _solver_state0, has_output
+                _terms,
+                _with_times(_step, _times),
+                _y0,
+                _args,
+                _solver_state0,
+                has_output,
             )
             if no_output:
                 dense_info = None
@@ -290,7 +309,12 @@ class ReverseStep(eqx.Module):
             return out, (y1, dense_info, hint0)
 
         _, pull_back, (y1, dense_info, hint0) = jax.vjp(
-            _local, diff_state, self.diff_params, controls, has_aux=True
+            _local,
+            diff_state,
+            self.diff_params,
+            controls,
+            self._times(step),
+            has_aux=True,
         )
         return y1, (dense_info, hint0, pull_back)
 
@@ -303,68 +327,149 @@ class ReverseStep(eqx.Module):
         pull_back_controls: Callable | None,
     ) -> Position:
         dense_info, hint0, pull_back = aux
-        ts_index = position.ts_index
+        index = position.index - 1
         grad_dense_info = None
-        if self.closed.saveat.subs.ts is not None:
-            ts_index, grad_dense_info = self._pull_back_ts(ts_index, step, dense_info)
+        grad_times = zeros_like(self._times(step))
+        grads = position.grads
+        cursors = position.cursors
+        if self._may_have_output():
+            grad_dense_info = self.dense.dense_info(index, self.num_steps, dense_info)
+            cursors = []
+            for i, cursor in enumerate(position.cursors):
+                cursor, cts = self._pull_back_ts(i, cursor, step, dense_info)
+                cursors.append(cursor)
+                if cts is not None:
+                    of_info, of_params, of_times = cts
+                    grad_dense_info = add(grad_dense_info, of_info)
+                    grads = _add_some(grads, of_params)
+                    grad_times = add(grad_times, of_times)
         grad_solver_state1 = None
         if self.closed.reversal.has_state:
             grad_solver_state1 = position.grad_solver_state
         cotangents = position.grad_y, grad_solver_state1, grad_dense_info
-        grad_state0, grads, grad_controls = pull_back(cotangents)
-        grad_y0, grad_solver_state0 = grad_state0
+        grad_state0, of_params, grad_controls, of_times = pull_back(cotangents)
+        grads, grad_times = add((grads, grad_times), (of_params, of_times))
         if pull_back_controls is not None:
-            (grads_of_controls,) = pull_back_controls(grad_controls)
-            grads = add(grads, grads_of_controls)
+            (of_controls,) = pull_back_controls(grad_controls)
+            grads, grad_times = add((grads, grad_times), of_controls)
+        grad_y0, grad_solver_state0 = grad_state0
         return Position(
-            index=position.index - 1,
-            ts_index=ts_index,
+            index=index,
+            cursors=cursors,
             y=y0,
             hint=hint0,
             grad_y=grad_y0,
             grad_solver_state=grad_solver_state0,
-            grads=add(position.grads, grads),
+            grads=grads,
+            grad_times=self._add_times(position.grad_times, index, grad_times),
             error=position.error,
         )
 
+    def _add_times(
+        self,
+        total: TimeGradient | None,
+        index: IntScalarLike,
+        grad_times: PyTree[Array],
+    ) -> TimeGradient | None:
+        if total is None or self.moved is None:
+            return None
+        of_t0, of_t1, of_next = self.dense.times(index, self.num_steps)
+        t0, t1 = grad_times
+        cts = TimeCotangents(t0 + of_t0, t1 + of_t1, of_next)
+        return total.add(index, cts, self.moved, self.num_steps, self.first_time)
+
+    def _may_have_output(self) -> bool:
+        """Whether there are any cotangents of output from inside of a step."""
+        has_ts = any(x.ts is not None and x.has_gradient for x in self.outputs)
+        return has_ts or self.dense.has_infos
+
     def _has_output(self, position: Position, step: Step) -> BoolScalarLike:
-        ts = self.closed.saveat.subs.ts
-        if ts is None or len(ts) == 0:
-            return jnp.array(False)
-        index = position.ts_index
-        return (index > 0) & (ts[jnp.maximum(index - 1, 0)] > step.previous_t1)
+        has_output = self.dense.is_inside(position.index - 1, self.num_steps)
+        for output, cursor in zip(self.outputs, position.cursors, strict=True):
+            has_output = has_output | output.is_inside(cursor, step)
+        return has_output
+
+    def _output_params(self, i: int) -> PyTree[Array]:
+        """Those of the parameters on which `SubSaveAt(fn=...)` may depend."""
+        args, _, local = self.diff_params
+        *_, _local = self.params
+        return None if _local.fns[i] is None else [args, None, local]
+
+    def _evaluate(self, i: int, params: PyTree, t: Any, y: Y) -> PyTree:
+        """`SubSaveAt(fn=...)`."""
+        if params is None:
+            return y
+        nondiff_args, _, nondiff_local = self.nondiff_params
+        nondiff = [nondiff_args, None, nondiff_local]
+        args, _, local = eqx.combine(params, nondiff)
+        return local.fns[i](t, y, args)
+
+    def _pull_back_end(self, position: Position, step: Step) -> Position:
+        """Adds the cotangents of what was saved at the end of a step."""
+        index = position.index - 1
+        grad_y, grads = position.grad_y, position.grads
+        grad_times = position.grad_times
+        cursors = []
+        for i, cursor in enumerate(position.cursors):
+            cursor, cts = self.outputs[i].pull_back_end(
+                cursor,
+                step,
+                index,
+                position.y,
+                ft.partial(self._evaluate, i),
+                self._output_params(i),
+            )
+            cursors.append(cursor)
+            if cts is not None:
+                of_y, of_params, of_t = cts
+                grad_y = add(grad_y, of_y)
+                grads = _add_some(grads, of_params)
+                if grad_times is not None and self.moved is not None:
+                    times = TimeCotangents(0.0, 0.0, of_t)
+                    grad_times = grad_times.add(
+                        index, times, self.moved, self.num_steps, self.first_time
+                    )
+        return eqx.tree_at(
+            lambda p: (p.cursors, p.grad_y, p.grads, p.grad_times),
+            position,
+            (cursors, grad_y, grads, grad_times),
+            is_leaf=lambda x: x is None,
+        )
 
     def _pull_back_ts(
-        self, ts_index: IntScalarLike, step: Step, dense_info: DenseInfo
-    ) -> tuple[IntScalarLike, PyTree[Array]]:
-        """Pulls the cotangents of the output that was saved during this step back
-        through the interpolation, onto `dense_info`."""
-        saveat = self.closed.saveat
-        ts: Any = saveat.subs.ts
-        offset = 1 if saveat.subs.t0 else 0
-        diff, nondiff = eqx.partition(dense_info, eqx.is_inexact_array)
+        self, i: int, cursor: Cursor, step: Step, dense_info: DenseInfo
+    ) -> tuple[Cursor, PyTree]:
+        output = self.outputs[i]
+        if output.ts is None or not output.has_gradient:
+            return cursor, None
 
-        def cond_fun(carry):
-            index, _ = carry
-            return (index > 0) & (ts[jnp.maximum(index - 1, 0)] > step.previous_t1)
+        def _evaluate(params, times, t, _dense_info):
+            y = self.closed.interpolate(_dense_info, _with_times(step, times), t)
+            return self._evaluate(i, params, t, y)
 
-        def body_fun(carry):
-            index, grad_dense_info = carry
-            index = index - 1
+        return output.pull_back_ts(
+            cursor,
+            step,
+            dense_info,
+            _evaluate,
+            self._output_params(i),
+            self._times(step),
+        )
 
-            def _evaluate(_diff):
-                return self.closed.interpolate(
-                    eqx.combine(_diff, nondiff), step, ts[index]
-                )
 
-            y, pull_back = jax.vjp(_evaluate, diff)
-            grad_y = jtu.tree_map(
-                lambda g, _y: g[offset + index].astype(_y.dtype), self.grad_ys, y
-            )
-            (grad,) = pull_back(grad_y)
-            return index, add(grad_dense_info, grad)
+def _with_times(step: Step, times: PyTree[Array]) -> Step:
+    if times is None:
+        return step
+    return eqx.tree_at(lambda s: (s.t0, s.t1), step, times)
 
-        return lax.while_loop(cond_fun, body_fun, (ts_index, zeros_like(diff)))
+
+def _add_some(grads: PyTree[Array], some: PyTree[Array]) -> PyTree[Array]:
+    """Adds gradients with respect to `args` and to what is closed over, if any."""
+    if some is None:
+        return grads
+    args, terms, local = grads
+    of_args, _, of_local = some
+    return [add(args, of_args), terms, add(local, of_local)]
 
 
 def _keep_y(out: tuple[Y, PyTree]) -> tuple[Y, PyTree]:
@@ -395,7 +500,8 @@ def known_size(y: Y, other: Y) -> PyTree[Array]:
         least = 16 * float(jnp.finfo(x.dtype).eps) ** (1 / 3)
         return jnp.maximum(size, least * jnp.max(size, initial=0))
 
-    return jtu.tree_map(_size, filter_inexact(y), filter_inexact(other))
+    y, other = stop_gradient((filter_inexact(y), filter_inexact(other)))
+    return jtu.tree_map(_size, y, other)
 
 
 def tolerance_for(y: Y) -> float:

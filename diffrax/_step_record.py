@@ -4,6 +4,7 @@ from typing import Any
 
 import equinox as eqx
 import equinox.internal as eqxi
+import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, PyTree, Real, Shaped
@@ -34,6 +35,8 @@ class Step(eqx.Module):
 
     - `t0`, `t1`: its start and its end.
     - `previous_t1`: the end of the step before it; `-inf` if it is the first.
+    - `next_t0`: the start of the step after it; the end of the solve if it is the last.
+        (Not `t1`, if there is a jump.)
     - `made_jump`: whether there was a jump at `t0`. `False` if this is known when
         tracing.
     - `next_made_jump`: the same for the step that came next.
@@ -46,6 +49,7 @@ class Step(eqx.Module):
     t0: RealScalarLike
     t1: RealScalarLike
     previous_t1: RealScalarLike
+    next_t0: RealScalarLike
     made_jump: BoolScalarLike
     next_made_jump: BoolScalarLike
     solver_state: PyTree[Array]
@@ -60,6 +64,7 @@ class StepRecord(eqx.Module):
     """
 
     start: RealScalarLike
+    end: RealScalarLike
     # The union is inside, as beartype mistakes two unions with a `MaybeBuffer` in them
     # for the same one.
     t0s: eqxi.MaybeBuffer[Real[Array, " steps"] | None]
@@ -82,6 +87,7 @@ class StepRecord(eqx.Module):
 
         return cls(
             start=start,
+            end=start,
             t0s=_buffer(start) if jumps else None,
             t1s=_buffer(start),
             made_jumps=_buffer(False) if jumps else None,
@@ -111,6 +117,7 @@ class StepRecord(eqx.Module):
 
         return StepRecord(
             start=self.start,
+            end=self.end,
             t0s=_set(self.t0s, t0),
             t1s=_set(self.t1s, t1),
             made_jumps=_set(self.made_jumps, made_jump),
@@ -118,6 +125,25 @@ class StepRecord(eqx.Module):
                 lambda x, buffer: _set(buffer, x), solver_state, self.solver_states
             ),
         )
+
+    def times_only(self) -> "StepRecord":
+        """Without what does not change if the times do."""
+        return eqx.tree_at(
+            lambda r: (r.made_jumps, r.solver_states),
+            self,
+            (None, None),
+            is_leaf=lambda x: x is None,
+        )
+
+    def check(self, name: str) -> "StepRecord":
+        """There is nothing to be checked."""
+        del name
+        return self
+
+    def read_all(self, index: IntScalarLike, num_steps: IntScalarLike) -> Step:
+        """What `read` returns for each of several records, which are along a leading
+        axis."""
+        return jax.vmap(lambda record: record.read(index, num_steps))(self)
 
     def read(self, index: IntScalarLike, num_steps: IntScalarLike) -> Step:
         """The step at `index`, of `num_steps` that were written. At -1 there is a step
@@ -132,6 +158,11 @@ class StepRecord(eqx.Module):
             t0 = jnp.where(is_first, self.start, before)
         else:
             t0 = jnp.where(is_done, self.start, self.t0s[index])
+        if self.t0s is None:
+            next_t0 = self.t1s[index]
+        else:
+            next_t0 = self.t0s[jnp.minimum(index + 1, num_steps - 1)]
+        next_t0 = jnp.where(is_last, self.end, next_t0)
         if self.made_jumps is None:
             made_jump = next_made_jump = False
         else:
@@ -142,6 +173,7 @@ class StepRecord(eqx.Module):
             t0=t0,
             t1=jnp.where(is_done, self.start, self.t1s[index]),
             previous_t1=jnp.where(is_first, -jnp.inf, before),
+            next_t0=jnp.where(is_done, self.start, next_t0),
             made_jump=made_jump,
             next_made_jump=next_made_jump,
             solver_state=jtu.tree_map(lambda x: x[index], self.solver_states),

@@ -2,14 +2,15 @@ from collections.abc import Callable
 
 import equinox as eqx
 import equinox.internal as eqxi
+import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-import optimistix as optx
 from equinox.internal import ω
 from jaxtyping import PyTree
 
 from .._custom_types import Args, BoolScalarLike, DenseInfo, RealScalarLike, Y
+from .._invert_step import max_abs, relative_distance
 from .._term import AbstractTerm
 from ._upstream_reversible_heun import (
     _SolverState as _SolverState,
@@ -112,31 +113,57 @@ def _fixed_point(fn: Callable[[Y], Y], y: Y) -> Y:
     """Solves `fn(y) == y` to rounding level, starting at `y`."""
     if len(jtu.tree_leaves(y)) == 0:
         return y
-    start = y
+    start = lax.stop_gradient(y)
+    size = jtu.tree_map(lambda x: jnp.where(x == 0, 1, x), max_abs(start))
 
-    def norm(error):
-        # The largest over all leaves of the error relative to the largest entry of the
-        # leaf, in units of rounding, with the dtype that Optimistix expects.
-        def relative(_error, _start):
-            eps = float(jnp.finfo(_start.dtype).eps)
-            size = jnp.max(jnp.abs(_start), initial=0)
-            size = jnp.where(size == 0, 1, size)
-            error = jnp.max(jnp.abs(_error), initial=0) / (eps * size)
-            return error.astype(jnp.result_type(float))
+    def cond_fun(carry):
+        index, _, error = carry
+        return (error > 8) & (index < 256)
 
-        return optx.max_norm(jtu.tree_map(relative, error, start))
+    def body_fun(carry):
+        index, y, _ = carry
+        new = lax.stop_gradient(fn(y))
+        return index + 1, new, relative_distance(new, y, size)
 
-    solver = optx.FixedPointIteration(rtol=0, atol=8, norm=norm)
-    sol = optx.fixed_point(lambda _y, _: fn(_y), solver, y, max_steps=256, throw=False)
+    infinity = jnp.array(jnp.inf, jnp.result_type(float))
+    carry = jnp.array(0), start, infinity
+    _, y, error = lax.while_loop(cond_fun, body_fun, carry)
     # A solve that failed has told so itself.
     finite = [jnp.all(jnp.isfinite(x)) for x in jtu.tree_leaves(start)]
     return eqx.error_if(
-        sol.value,
-        (sol.result != optx.RESULTS.successful) & jnp.all(jnp.stack(finite)),
+        _with_derivative(fn, lax.stop_gradient(y)),
+        (error > 8) & jnp.all(jnp.stack(finite)),
         "Could not undo the step of `ReversibleHeun` that follows a jump, as its step "
         "size is too large. Consider reducing the step size, or using a different "
         "solver, for example `diffrax.UReversible(diffrax.Heun())`.",
     )
+
+
+def _with_derivative(fn: Callable[[Y], Y], y: Y) -> Y:
+    """`y`, which solves `fn(y) == y`, with the derivative of the solution."""
+    end, derivative = jax.linearize(fn, y)
+    # Zero, but for its derivative.
+    rhs = (end**ω - lax.stop_gradient(end) ** ω).ω
+
+    def solve(_, b):
+        def size(x):
+            return sum(jnp.sum(jnp.abs(leaf)) for leaf in jtu.tree_leaves(x))
+
+        def cond_fun(carry):
+            index, _, update = carry
+            eps = min(float(jnp.finfo(x.dtype).eps) for x in jtu.tree_leaves(b))
+            return (size(update) > eps * size(b)) & (index < 256)
+
+        def body_fun(carry):
+            index, x, update = carry
+            update = derivative(update)
+            return index + 1, (x**ω + update**ω).ω, update
+
+        _, x, _ = lax.while_loop(cond_fun, body_fun, (0, b, b))
+        return x
+
+    matvec = lambda x: (x**ω - derivative(x) ** ω).ω
+    return (y**ω + lax.custom_linear_solve(matvec, rhs, solve) ** ω).ω
 
 
 ReversibleHeun.__init__.__doc__ = """**Arguments:** None"""

@@ -1,0 +1,38 @@
+"""Functions that hold what they close over as part of their PyTree structure."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax.extend as jex
+import jax.tree_util as jtu
+from jaxtyping import PyTree
+
+
+class ClosedFunction(eqx.Module):
+    """What `close_function` returns."""
+
+    consts: list[Any]
+    # A leaf, and not static, for JAX to be able to look inside.
+    _jaxpr: Any
+    _out_tree: Any = eqx.field(static=True)
+    _out_static: PyTree
+
+    def __call__(self, *args: PyTree) -> PyTree:
+        leaves = jtu.tree_leaves(eqx.filter(args, eqx.is_array))
+        closed = jex.core.ClosedJaxpr(self._jaxpr, self.consts)
+        out = jex.core.jaxpr_as_fun(closed)(*leaves)
+        return eqx.combine(self._out_tree.unflatten(out), self._out_static)
+
+
+def close_function(fn: Callable, *args: PyTree) -> ClosedFunction:
+    """`fn`, as a function of arguments like `args`, with all arrays that it closes over
+    in `consts`: a tracer by whose means something is being differentiated is there as
+    it is.
+
+    This is `eqx.filter_closure_convert` without its check that the arguments are the
+    same: inside of `jax.shard_map`, to JAX they are not.
+    """
+    closed, out_struct, out_static = eqx.filter_make_jaxpr(fn)(*args)
+    out_tree = jtu.tree_structure(out_struct)
+    return ClosedFunction(list(closed.consts), closed.jaxpr, out_tree, out_static)
