@@ -47,7 +47,7 @@ ADJOINTS: dict[str, diffrax.AbstractAdjoint] = {
 OURS = "ReversibleAdjoint"
 REFERENCES = ("RecursiveCheckpointAdjoint", "DirectAdjoint", "ForwardMode")
 # A gradient that is off by more than this is not what the solver computed.
-EXACT = 1e-9
+EXACT = 1e-10
 
 
 class Feature(NamedTuple):
@@ -133,11 +133,44 @@ def _solver_state(params, adjoint):
     return sum((jnp.sum(x**2) for x in leaves), jnp.array(0.0))
 
 
-def _times(*names: str) -> tuple[Callable, Callable]:
+def _restart(params, adjoint):
+    kwargs: dict[str, Any] = dict(stepsize_controller=_adaptive, adjoint=adjoint)
+    saveat = diffrax.SaveAt(
+        t1=True, solver_state=True, controller_state=True, made_jump=True
+    )
+    first = solve(params, saveat=saveat, **kwargs)
+    again = solve(
+        params,
+        t0=1.0,
+        t1=2.0,
+        y0=first.ys[-1],
+        solver_state=first.solver_state,
+        controller_state=first.controller_state,
+        made_jump=first.made_jump,
+        **kwargs,
+    )
+    return jnp.sum(again.ys**2)
+
+
+def _solution_ts(params, adjoint):
+    saveat = diffrax.SaveAt(ts=params["ts"], steps=2)
+    ts = solve(params, adjoint, saveat=saveat).ts
+    return jnp.sum(jnp.where(jnp.isfinite(ts), ts, 0) ** 2)
+
+
+def _step_to(params, adjoint):
+    ts = params["ts"]
+    controller = diffrax.StepTo(ts=ts)
+    kwargs = dict(t0=ts[0], t1=ts[-1], dt0=None, stepsize_controller=controller)
+    return saved(**kwargs)(params, adjoint)
+
+
+def _times(*names: str, **kwargs: Any) -> tuple[Callable, Callable]:
     values = {"t0": jnp.array(0.05), "t1": jnp.array(1.02), "dt0": jnp.array(0.45)}
 
     def loss(params, adjoint):
-        return jnp.sum(solve(params, adjoint, **{n: params[n] for n in names}).ys ** 2)
+        times = {n: params[n] for n in names}
+        return jnp.sum(solve(params, adjoint, **times, **kwargs).ys ** 2)
 
     return loss, lambda: PARAMS | {n: values[n] for n in names}
 
@@ -182,6 +215,26 @@ def _langevin(params, adjoint):
     return saved(terms=terms, solver=diffrax.QUICSORT(), y0=y0)(params, adjoint)
 
 
+class _OnlyProduct(diffrax.AbstractTerm):
+    """A term that only ever is asked for the product of vector field and control."""
+
+    def vf(self, t, y, args):
+        # Diffrax looks at its structure.
+        return vector_field(t, y, args)
+
+    def contr(self, t0, t1, **kwargs):
+        return t1 - t0
+
+    def prod(self, vf, control):
+        raise NotImplementedError
+
+    def vf_prod(self, t, y, args, control):
+        return vector_field(t, y, args) * control
+
+    def is_vf_expensive(self, t0, t1, y, args):
+        return True
+
+
 def _complex(params, adjoint):
     field = lambda t, y, args: (1j * args[0] - 0.1) * y * jnp.cos(y)
     y0 = params["y0"] + 0.5j
@@ -199,6 +252,32 @@ def _event(cond_fn: Callable, root_finder: Any = None) -> Callable:
 def _event_time(params, adjoint):
     event = diffrax.Event(_crosses_half, _newton)
     return jnp.sum(solve(params, adjoint, event=event).ts)
+
+
+def _several_events(params, adjoint):
+    conditions = {"a": _never, "b": [_crosses_half, _falls_below_half]}
+    event = diffrax.Event(conditions, _newton)
+    sol = solve(params, adjoint, event=event)
+    return jnp.sum(sol.ys**2) + jnp.sum(sol.ts)
+
+
+def _event_of_parameters(params, adjoint):
+    def condition(t, y, args, **kwargs):
+        return y[0] - 0.4 * params["a"][0]
+
+    event = diffrax.Event(condition, _newton)
+    sol = solve(params, adjoint, event=event)
+    return jnp.sum(sol.ys**2) + jnp.sum(sol.ts)
+
+
+def _never(t, y, args, **kwargs):
+    del kwargs
+    return y[0] + 10
+
+
+def _at_once(t, y, args, **kwargs):
+    del kwargs
+    return y[0] < 10
 
 
 def _falls_below_half(t, y, args, **kwargs):
@@ -221,6 +300,41 @@ def _vmap(params, adjoint):
     return jnp.sum(jax.vmap(one)(y0))
 
 
+def _shard_map(params, adjoint):
+    auto = jax.sharding.AxisType.Auto
+    mesh = jax.make_mesh((1,), ("batch",), axis_types=(auto,))
+    y0 = jnp.stack([params["y0"], 2 * params["y0"]])
+
+    def one(y0, a):
+        out = jax.vmap(lambda y0: saved()({"y0": y0, "a": a}, adjoint))(y0)
+        return jax.lax.psum(jnp.sum(out), "batch")
+
+    spec = jax.sharding.PartitionSpec
+    fn = jax.shard_map(
+        one,
+        mesh=mesh,
+        in_specs=(spec("batch"), spec()),
+        out_specs=spec(),
+        check_vma=False,
+    )
+    return fn(y0, params["a"])
+
+
+def _custom_rule(params, adjoint):
+    def loss(params):
+        return 2 * saved()(params, adjoint)
+
+    def forward(params):
+        return jax.vjp(loss, params)
+
+    def backward(pull_back, grad):
+        return pull_back(grad)
+
+    twice = jax.custom_vjp(loss)
+    twice.defvjp(forward, backward)
+    return twice(params)
+
+
 def _remat(params, adjoint):
     return jax.checkpoint(lambda p: saved()(p, adjoint))(params)
 
@@ -233,14 +347,18 @@ def _scan(params, adjoint):
     return jnp.sum(y**2)
 
 
-_t0, _t0_params = _times("t0", "t1")
-_dt0, _dt0_params = _times("dt0")
 _adaptive = diffrax.PIDController(rtol=1e-4, atol=1e-6)
+_t0, _t0_params = _times("t0", "t1")
+_t0_adaptive, _t0_adaptive_params = _times(
+    "t0", "t1", "dt0", stepsize_controller=_adaptive
+)
+_dt0, _dt0_params = _times("dt0")
 
 FEATURES = [
     Feature("Saving", "`SaveAt(t1=True)`", saved()),
     Feature("Saving", "`SaveAt(t0=True, t1=True, ts=...)`", _save(t0=True, ts=TS)),
     Feature("Saving", "`SaveAt(steps=True)`", _save(steps=True)),
+    Feature("Saving", "`SaveAt(steps=n)`", _save(steps=3, t1=True)),
     Feature("Saving", "`SaveAt(dense=True)`", _dense),
     Feature("Saving", "`SaveAt(fn=...)`", _fn_of_args),
     Feature(
@@ -248,7 +366,19 @@ FEATURES = [
         "`SaveAt(subs=[...])`",
         _save(subs=[diffrax.SubSaveAt(t1=True), diffrax.SubSaveAt(ts=TS)]),
     ),
+    Feature(
+        "Saving",
+        "PyTree of `SubSaveAt`, all at once",
+        _save(
+            subs={
+                "a": diffrax.SubSaveAt(t0=True, t1=True, ts=TS, steps=2),
+                "b": [diffrax.SubSaveAt(steps=True, fn=lambda t, y, args: t * y)],
+            },
+            dense=True,
+        ),
+    ),
     Feature("Saving", "`Solution.solver_state`", _solver_state),
+    Feature("Saving", "a second solve from the state of the first", _restart),
     Feature("Steps", "adaptive", saved(stepsize_controller=_adaptive)),
     Feature(
         "Steps",
@@ -267,11 +397,43 @@ FEATURES = [
             )
         ),
     ),
-    Feature("Steps", "`max_steps=None`", saved(max_steps=None)),
+    Feature("Steps", "`max_steps=None`, constant steps", saved(max_steps=None)),
+    Feature(
+        "Steps",
+        "`max_steps=None`, `StepTo`",
+        saved(
+            stepsize_controller=diffrax.StepTo(ts=jnp.linspace(0.0, 1.0, 9) ** 2),
+            dt0=None,
+            max_steps=None,
+        ),
+    ),
+    Feature(
+        "Steps",
+        "`max_steps=None`, adaptive",
+        saved(stepsize_controller=_adaptive, max_steps=None),
+    ),
     Feature("With respect to", "`t0`, `t1`", _t0, params=_t0_params),
     Feature("With respect to", "`dt0`", _dt0, params=_dt0_params),
     Feature(
         "With respect to", "`SaveAt(ts=...)`", _ts, params=lambda: PARAMS | {"ts": TS}
+    ),
+    Feature(
+        "With respect to",
+        "`StepTo(ts=...)`",
+        _step_to,
+        params=lambda: PARAMS | {"ts": jnp.linspace(0.0, 1.0, 9) ** 2},
+    ),
+    Feature(
+        "With respect to",
+        "`t0`, `t1`, `dt0`, adaptive steps",
+        _t0_adaptive,
+        params=_t0_adaptive_params,
+    ),
+    Feature(
+        "With respect to",
+        "times, of `Solution.ts`",
+        _solution_ts,
+        params=lambda: PARAMS | {"ts": TS},
     ),
     Feature(
         "Equations",
@@ -279,6 +441,7 @@ FEATURES = [
         saved(solver=diffrax.Kvaerno3(), stepsize_controller=_adaptive),
     ),
     Feature("Equations", "complex state", _complex),
+    Feature("Equations", "term with `vf_prod` alone", saved(terms=_OnlyProduct())),
     Feature(
         "Equations",
         "CDE, with respect to its control",
@@ -302,12 +465,19 @@ FEATURES = [
     Feature("Events", "continuous", _event(_crosses_half)),
     Feature("Events", "with a root finder", _event(_crosses_half, _newton)),
     Feature("Events", "the time of the event", _event_time),
+    Feature("Events", "several", _several_events),
+    Feature("Events", "that depends on parameters", _event_of_parameters),
+    Feature("Events", "on the first step", _event(_at_once, _newton)),
+    Feature("Events", "that does not occur", _event(_never, _newton)),
     Feature("Derivatives", "`jax.jvp`", saved(), "forward"),
     Feature("Derivatives", "`jax.hessian`", saved(), "hessian"),
+    Feature("Derivatives", "`jax.jvp(jax.grad(...), ...)`", saved(), "product"),
     Feature("Derivatives", "`jax.jacrev(jax.jacrev(...))`", saved(), "reverse twice"),
     Feature("Transformations", "`jax.vmap`, adaptive steps", _vmap),
     Feature("Transformations", "`jax.checkpoint`", _remat),
     Feature("Transformations", "inside `jax.lax.scan`", _scan),
+    Feature("Transformations", "inside `jax.custom_vjp`", _custom_rule),
+    Feature("Transformations", "`jax.shard_map`", _shard_map),
 ]
 
 
@@ -317,6 +487,7 @@ def derivative(feature: Feature, name: str) -> PyTree:
         "gradient": jax.jacfwd if name == "ForwardMode" else jax.jacrev,
         "forward": jax.jacfwd,
         "hessian": jax.hessian,
+        "product": lambda f: lambda x: jax.jvp(jax.grad(f), (x,), (x,))[1],
         "reverse twice": lambda f: jax.jacrev(jax.jacrev(f)),
     }[feature.derivative]
     # Not differentiated are the adjoint and what it was made of.
@@ -325,9 +496,11 @@ def derivative(feature: Feature, name: str) -> PyTree:
 
 
 def relative_error(x: PyTree, exact: PyTree) -> float:
-    difference = lambda a, b: jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b))
-    errors = jtu.tree_leaves(jtu.tree_map(difference, x, exact))
-    return float(jnp.max(jnp.stack(errors)))
+    leaves = jtu.tree_leaves(exact)
+    # Of all leaves: the derivative with respect to a step size is next to nothing.
+    largest = max(float(jnp.max(jnp.abs(b))) for b in leaves)
+    pairs = zip(jtu.tree_leaves(x), leaves, strict=True)
+    return max(float(jnp.max(jnp.abs(a - b))) for a, b in pairs) / largest
 
 
 def first_line(error: Exception) -> str:
