@@ -13,6 +13,7 @@ machine to another but for what the notebook itself has measured.
 
 import argparse
 import base64
+import concurrent.futures
 import pathlib
 import sys
 import time
@@ -103,24 +104,31 @@ def problems_of(notebook: nbformat.NotebookNode, text: str) -> list[str]:
     return problems
 
 
-def main(names: list[str], check: bool) -> int:
+def attempt(path: pathlib.Path, check: bool) -> tuple[bool, str]:
+    """Executes a notebook, and stores it if not `check`. Returns whether that went
+    well, and a line about it."""
+    start = time.monotonic()
+    try:
+        text = execute(path)
+    except Exception as e:
+        success, result = False, f"FAILED\n{e}"
+    else:
+        success, result = True, f"{len(text) / 1000:.0f} kB"
+        if not check:
+            path.write_text(text)
+    seconds = time.monotonic() - start
+    return success, f"{path.stem:30} {seconds:5.0f} s  {result}"
+
+
+def main(names: list[str], check: bool, jobs: int) -> int:
     paths = [folder / f"{name}.ipynb" for name in names] or sorted(
         folder.glob("*.ipynb")
     )
     failed = False
-    for path in paths:
-        start = time.monotonic()
-        try:
-            text = execute(path)
-        except Exception as e:
-            failed = True
-            result = f"FAILED\n{e}"
-        else:
-            result = f"{len(text) / 1000:.0f} kB"
-            if not check:
-                path.write_text(text)
-        seconds = time.monotonic() - start
-        print(f"{path.stem:30} {seconds:5.0f} s  {result}", flush=True)
+    with concurrent.futures.ProcessPoolExecutor(jobs) as executor:
+        for success, line in executor.map(attempt, paths, [check] * len(paths)):
+            failed = failed or not success
+            print(line, flush=True)
     return int(failed)
 
 
@@ -130,5 +138,11 @@ if __name__ == "__main__":
     )
     parser.add_argument("names", nargs="*", help="notebooks, without `.ipynb`")
     parser.add_argument("--check", action="store_true", help="store nothing")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        help="how many to execute at a time (times that they print are then longer)",
+    )
     arguments = parser.parse_args()
-    sys.exit(main(arguments.names, arguments.check))
+    sys.exit(main(arguments.names, arguments.check, arguments.jobs))
