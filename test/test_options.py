@@ -115,6 +115,7 @@ def test_step_to():
     _agree(loss, _params | dict(steps=jnp.linspace(0, 1, 13) ** 1.5))
 
 
+@pytest.mark.slow
 def test_restart():
     # A second solve that takes up what the first one has left.
     def loss(params, adjoint):
@@ -149,7 +150,9 @@ def _needs_no_bound(params, adjoint, **kwargs):
     return _weigh(sol.ys)
 
 
-@pytest.mark.parametrize("made_jump", (None, True))
+@pytest.mark.parametrize(
+    "made_jump", (None, pytest.param(True, marks=pytest.mark.slow))
+)
 def test_constant_steps_without_a_bound(made_jump):
     _agree(lambda *a: _needs_no_bound(*a, made_jump=made_jump), _params)
 
@@ -233,10 +236,7 @@ def _event_cases():
         ("never", _never),
     ):
         for root_finder in (None, _newton):
-            is_quick = (name, root_finder) in (
-                ("continuous", _newton),
-                ("several", None),
-            )
+            is_quick = (name, root_finder) == ("continuous", _newton)
             yield pytest.param(
                 conditions,
                 root_finder,
