@@ -14,8 +14,9 @@ each feature, from which the table of the documentation is made:
 
     python benchmarks/features.py --output docs/measured/features.jsonl
 
-`--smoke` tries `ReversibleAdjoint` alone, against the first reference that works, and fails
-if that file says of a feature that it works and it does not, or the other way round.
+`--smoke` tries `ReversibleAdjoint` alone, against the first reference that works, and
+fails if that file says of a feature that it works and it does not, or the other way
+round.
 """
 
 import argparse
