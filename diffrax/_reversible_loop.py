@@ -102,7 +102,7 @@ def _final_times(state: Any) -> PyTree[Array]:
     scalars = eqx.filter(
         state.controller_state, lambda x: eqx.is_inexact_array(x) and x.ndim == 0
     )
-    return state.tprev, state.tnext, scalars
+    return state.tprev, scalars
 
 
 @reversible_loop.def_fwd
@@ -249,16 +249,14 @@ def _reversible_loop_bwd(
             rows, inputs.save_ts, is_perturbed.save_ts, strict=True
         )
     ]
-    end = _end(
-        step, cursors, (y1, solver_state1), last_step, grad_final_state, diff_times
-    )
-    if end.grad_times is not None:
-        cts = _final_times(grad_final_state)
-        end = eqx.tree_at(
-            lambda p: p.grad_times.scalars,
-            end,
-            end.grad_times.scalars + _contract(cts, moved_end),
+    grad_times = None
+    if moved is not None:
+        grad_times = _pull_back_final_times(
+            step, grad_final_state, moved_end, diff_times
         )
+    end = _end(
+        step, cursors, (y1, solver_state1), last_step, grad_final_state, grad_times
+    )
     trace = None if inputs.trace is None else jnp.zeros_like(inputs.trace)
     start, worst, rows = ReversePass(step).run(end, stored, StepTrace(trace))
     args, terms, local = start.grads
@@ -292,16 +290,13 @@ def _end(
     state1: tuple[Y, PyTree],
     last_step: Step,
     grad_final_state: Any,
-    diff_times: Times,
+    grad_times: TimeGradient | None,
 ) -> Position:
     """Where going backward starts."""
     closed = step.closed
     y1, solver_state1 = state1
     grad_y1 = _materialise(grad_final_state.y, y1)
     grads = zeros_like(step.diff_params)
-    grad_times = None
-    if step.moved is not None:
-        grad_times = TimeGradient.zeros(diff_times)
     hint = solver_state1
     if not closed.reversal.has_state:
         hint, of_state = _pull_back_vf(step, y1, last_step, grad_final_state)
@@ -358,15 +353,31 @@ def _pull_back_vf(
     return hint, pull_back(grad_vf)
 
 
-def _contract(cts: PyTree, moved: PyTree[Array]) -> Any:
-    """The cotangents of scalars, along each direction in which they change."""
-    total: Any = 0.0
-    leaves = jtu.tree_leaves(cts, is_leaf=lambda x: x is None)
-    for ct, dx in zip(
-        leaves, jtu.tree_leaves(moved, is_leaf=lambda x: x is None), strict=True
-    ):
-        if ct is not None and dx is not None:
-            total = total + ct * dx
+def _pull_back_final_times(
+    step: ReverseStep, grad_final_state: Any, moved_end: Any, diff_times: Times
+) -> TimeGradient:
+    """What comes of the times at the end of the solve."""
+    closed = step.closed
+    is_none = lambda x: x is None
+    cts, moved = (
+        jtu.tree_leaves(x, is_leaf=is_none)
+        for x in (_final_times(grad_final_state), moved_end)
+    )
+    total = TimeGradient.zeros(diff_times)
+    for ct, dx in zip(cts, moved, strict=True):
+        total = total.add_end(ct, dx, step.num_steps, closed.first_time)
+    # The times of rejected steps, say. Those that never change were put back.
+    for x in jtu.tree_leaves(filter_inexact(grad_final_state.controller_state)):
+        if x.ndim > 0:
+            scalars = eqx.error_if(
+                total.scalars,
+                jnp.any(x != 0),
+                "Cannot differentiate the arrays in `Solution.controller_state` with "
+                f"respect to times when using `adjoint={closed.name}()`. Consider "
+                "wrapping them in `jax.lax.stop_gradient`, or using "
+                "`adjoint=RecursiveCheckpointAdjoint()` instead.",
+            )
+            total = TimeGradient(scalars, total.step_to)
     return total
 
 

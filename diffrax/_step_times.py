@@ -153,6 +153,24 @@ class TimeGradient(eqx.Module):
             step_to = step_to.at[end].add(of_t1 + of_next, mode="drop")
         return TimeGradient(scalars, step_to)
 
+    def add_end(
+        self,
+        ct: RealScalarLike | None,
+        moved: Real[Array, " leaves"] | None,
+        num_steps: IntScalarLike,
+        first: IntScalarLike,
+    ) -> "TimeGradient":
+        """With the cotangent of a time at the end of the solve added. `moved` is its
+        derivative in each of the `directions`."""
+        if ct is None or moved is None:
+            return self
+        part = (ct * moved).astype(self.scalars.dtype)
+        step_to = self.step_to
+        if step_to is not None:
+            last = part[-1].astype(step_to.dtype)
+            step_to = step_to.at[first + num_steps - 2].add(last, mode="drop")
+        return TimeGradient(self.scalars + part, step_to)
+
     def pull_back(self, times: Times) -> Times:
         """In the structure of `times`."""
         leaves, treedef = jtu.tree_flatten(times)

@@ -67,7 +67,8 @@ def _agree(loss, params, expected: Any = _default, transform=jax.grad, rtol=1e-1
         np.testing.assert_allclose(x, true_x, rtol=0, atol=rtol * largest)
 
 
-@pytest.mark.parametrize(
+# Steps are undone numerically; in closed form, twice; and not at all.
+_each_way = pytest.mark.parametrize(
     "kwargs",
     (
         dict(),
@@ -75,12 +76,23 @@ def _agree(loss, params, expected: Any = _default, transform=jax.grad, rtol=1e-1
             solver=diffrax.ReversibleHeun(), stepsize_controller=_jumps, max_steps=256
         ),
         pytest.param(
+            dict(solver=diffrax.UReversible(diffrax.Heun())), marks=pytest.mark.slow
+        ),
+        pytest.param(
             dict(solver=diffrax.Kvaerno3(), stepsize_controller=_adaptive),
             marks=pytest.mark.slow,
         ),
     ),
-    ids=("Tsit5, constant", "ReversibleHeun, jumps", "Kvaerno3, adaptive"),
+    ids=(
+        "Tsit5, constant",
+        "ReversibleHeun, jumps",
+        "UReversible, constant",
+        "Kvaerno3, adaptive",
+    ),
 )
+
+
+@_each_way
 def test_output_and_times(kwargs):
     def loss(params, adjoint):
         def fn(t, y, args):
@@ -98,21 +110,59 @@ def test_output_and_times(kwargs):
     _agree(loss, _params)
 
 
-def test_step_to():
+@pytest.mark.parametrize("is_stopped", (False, True))
+def test_step_to(is_stopped):
+    # If stopped, then the solve ends at one of the times in the middle.
+    event = diffrax.Event(lambda t, y, args, **kwargs: is_stopped & (y[0] < 0.6))
+
     def loss(params, adjoint):
         ts = params["steps"]
-        controller = diffrax.StepTo(ts=ts)
-        names = "y0", "args"
-        times = dict(t0=ts[0], t1=ts[-1], dt0=None, stepsize_controller=controller)
-        saveat = diffrax.SaveAt(t1=True, steps=2, ts=params["ts"])
-        # There is no need for a bound on the number of steps.
-        max_steps = 16 if adjoint is _default else 12
-        sol = _solve(
-            params, adjoint, names, saveat=saveat, max_steps=max_steps, **times
+        times: Any = dict(
+            t0=ts[0],
+            t1=ts[-1],
+            dt0=None,
+            stepsize_controller=diffrax.StepTo(ts=ts),
+            event=event,
         )
+        at_ts = diffrax.SubSaveAt(t1=True, ts=params["ts"], fn=lambda t, y, args: t * y)
+        saveat = diffrax.SaveAt(subs=[at_ts, diffrax.SubSaveAt(steps=2)])
+        sol = _solve(params, adjoint, ("y0", "args"), saveat=saveat, **times)
         return _weigh(sol.ts, sol.ys)
 
-    _agree(loss, _params | dict(steps=jnp.linspace(0, 1, 13) ** 1.5))
+    params = _params | dict(steps=jnp.linspace(0, 1, 13) ** 1.5)
+    num_steps = _solve(
+        params | dict(dt0=None),
+        _reversible,
+        stepsize_controller=diffrax.StepTo(ts=params["steps"]),
+        event=event,
+    ).stats["num_steps"]
+    assert (num_steps < 12) == is_stopped
+    _agree(loss, params)
+
+
+def test_arrays_in_the_controller_state():
+    # The times of rejected steps: they depend on times, and have no gradient.
+    controller = diffrax.ClipStepSizeController(_adaptive, store_rejected_steps=5)
+
+    def loss(params):
+        saveat = diffrax.SaveAt(t1=True, controller_state=True)
+        kwargs: Any = dict(stepsize_controller=controller, dt0=1.0, saveat=saveat)
+        sol = _solve(params, _reversible, **kwargs)
+        return _weigh(sol.ys, sol.controller_state.reject_info)
+
+    with pytest.raises(Exception, match="the arrays in `Solution.controller_state`"):
+        jax.block_until_ready(eqx.filter_jit(jax.grad(loss))(_params))
+
+
+def test_progress_meter_and_times(capfd):
+    def loss(t1):
+        meter = diffrax.TextProgressMeter(minimum_increase=0.5)
+        params = _params | dict(t1=t1)
+        return _weigh(_solve(params, _reversible, progress_meter=meter).ys)
+
+    assert jnp.isfinite(jax.block_until_ready(jax.jit(jax.grad(loss))(_params["t1"])))
+    jax.effects_barrier()
+    assert "100.00%" in capfd.readouterr().out
 
 
 @pytest.mark.slow
@@ -249,7 +299,8 @@ def _event_cases():
 def test_events(conditions, root_finder):
     def loss(params, adjoint):
         event = diffrax.Event(conditions, root_finder)
-        saveat = diffrax.SaveAt(t1=True, steps=2, ts=params["ts"])
+        at_ts = diffrax.SubSaveAt(t1=True, ts=params["ts"])
+        saveat = diffrax.SaveAt(subs=[at_ts, diffrax.SubSaveAt(steps=2)])
         sol = _solve(params, adjoint, saveat=saveat, event=event)
         return _weigh(sol.ys, sol.ts)
 
@@ -275,23 +326,7 @@ def _second(fn):
     return lambda p: jax.jvp(jax.grad(fn), (p,), (jtu.tree_map(jnp.cos, p),))[1]
 
 
-@pytest.mark.parametrize(
-    "kwargs",
-    (
-        dict(),
-        dict(
-            solver=diffrax.ReversibleHeun(), stepsize_controller=_jumps, max_steps=256
-        ),
-        pytest.param(
-            dict(solver=diffrax.UReversible(diffrax.Heun())), marks=pytest.mark.slow
-        ),
-        pytest.param(
-            dict(solver=diffrax.Kvaerno3(), stepsize_controller=_adaptive),
-            marks=pytest.mark.slow,
-        ),
-    ),
-    ids=("Tsit5", "ReversibleHeun", "UReversible", "Kvaerno3"),
-)
+@_each_way
 def test_hessian_vector_product(kwargs):
     def loss(params, adjoint):
         field = lambda t, y, args: params["closed"] * _field(t, y, args)
