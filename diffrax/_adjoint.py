@@ -9,8 +9,14 @@ import jax.lax as lax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from ._closed_solve import as_arrays, close_solve, flatten_subs
+from ._closed_solve import (
+    as_arrays,
+    close_solve,
+    flatten_subs,
+    set_y_and_solver_state,
+)
 from ._constant_record import can_compute_times
+from ._custom_types import RealScalarLike
 from ._reversal import (
     AbstractReversal,
     AlgebraicReversal,
@@ -239,21 +245,13 @@ class ReversibleAdjoint(AbstractAdjoint):
         reversal = _choose_reversal(solver, init_state.solver_state)
         if self.checkpoints == 0:
             _check_can_step_back(reversal, name)
-        no_forward_mode = (
-            f"Cannot use forward-mode autodifferentiation with `adjoint={name}()`. "
-            "Consider using `adjoint=ForwardMode()` instead, or "
-            "`adjoint=DirectAdjoint()` for both forward and reverse mode."
-        )
-        init_state = eqx.tree_at(
-            lambda s: s.solver_state,
-            init_state,
-            as_arrays(init_state.solver_state),
-            is_leaf=lambda x: x is None,
+        init_state = set_y_and_solver_state(
+            init_state, init_state.y, as_arrays(init_state.solver_state)
         )
         args, terms, init_state, saveat, stepsize_controller, t0, t1 = (
             reverse_mode_only(
                 (args, terms, init_state, saveat, stepsize_controller, t0, t1),
-                no_forward_mode,
+                _no_forward_mode(name),
             )
         )
         _refuse_gradient_of_steps(
@@ -271,8 +269,6 @@ class ReversibleAdjoint(AbstractAdjoint):
             checkpoints=self.checkpoints,
             certificate=self.certificate,
             on_failure=on_failure,
-            no_forward_mode=no_forward_mode,
-            trace=self._trace(terms),
         )
         kwargs: dict[str, Any] = dict(
             args=args,
@@ -295,7 +291,11 @@ class ReversibleAdjoint(AbstractAdjoint):
             solver=solver,
             inner_while_loop=ft.partial(_inner_loop, kind="lax"),
             outer_while_loop=ft.partial(
-                _reversible_while_loop, self._loop, closing, kwargs
+                _reversible_while_loop,
+                self._loop,
+                closing=closing,
+                trace=self._trace(terms),
+                **kwargs,
             ),
             **kwargs,
         )
@@ -438,9 +438,10 @@ def _refuse_gradient_of_controller(
     """Raises an error if anything is differentiated in the step size controller, or in
     its state, but for what is among `Times`."""
     msg = (
-        "Cannot differentiate with respect to `stepsize_controller` when using "
-        f"`adjoint={name}()`, other than to `StepTo(ts=...)`. Consider using "
-        "`adjoint=RecursiveCheckpointAdjoint()` instead."
+        "Cannot differentiate with respect to `stepsize_controller`, or to arrays in "
+        f"its state, when using `adjoint={name}()`, other than to `StepTo(ts=...)`. "
+        "Consider using `adjoint=RecursiveCheckpointAdjoint()` instead, or wrapping "
+        "what is passed in `jax.lax.stop_gradient`."
     )
     times = get_times(controller, state, state.tprev)
     if times.step_to is not None:
@@ -460,29 +461,37 @@ def _refuse_gradient_of_controller(
     return set_times(times, controller, state)
 
 
+def _no_forward_mode(name: str) -> str:
+    return (
+        f"Cannot use forward-mode autodifferentiation with `adjoint={name}()`. "
+        "Consider using `adjoint=ForwardMode()` instead, or `adjoint=DirectAdjoint()` "
+        "for both forward and reverse mode."
+    )
+
+
 def _reversible_while_loop(
     loop: Callable,
-    closing: dict[str, Any],
-    kwargs: dict[str, Any],
     cond_fun: Callable,
     body_fun: Callable,
     init_val: Any,
     *,
-    max_steps: int | None,
     buffers: Callable,
+    closing: dict[str, Any],
+    trace: Array | None,
+    args: PyTree,
+    terms: PyTree[AbstractTerm],
+    t1: RealScalarLike,
+    **kwargs: Any,
 ) -> Any:
     """The loop over steps. Takes the place of `eqxi.while_loop`."""
-    del cond_fun, body_fun, max_steps, buffers  # Which are made again.
-    closing, kwargs = dict(closing), dict(kwargs)
-    no_forward_mode, trace = closing.pop("no_forward_mode"), closing.pop("trace")
-    args, terms = kwargs.pop("args"), kwargs.pop("terms")
-    init_state, saveat, t1 = kwargs["init_state"], kwargs["saveat"], kwargs.pop("t1")
+    del cond_fun, body_fun, buffers  # Which are made again.
+    init_state, saveat = kwargs["init_state"], kwargs["saveat"]
     times = get_times(kwargs["stepsize_controller"], init_state, t1)
     y, solver_state = init_state.y, init_state.solver_state
     local, closed = close_solve(
         loop, y, solver_state, args, terms, times, **kwargs, **closing
     )
-    local = reverse_mode_only(local, no_forward_mode)
+    local = reverse_mode_only(local, _no_forward_mode(closing["name"]))
     arrays, rest = eqx.partition(closed, eqx.is_array)
     inputs = Inputs(
         y=y,

@@ -20,15 +20,20 @@ from jaxtyping import Array, PyTree
 
 from ._closed_function import close_function
 from ._constant_record import ConstantRecord
-from ._custom_types import Args, IntScalarLike, RealScalarLike, Y
+from ._custom_types import Args, BoolScalarLike, IntScalarLike, RealScalarLike, Y
 from ._event import Event
 from ._heuristics import is_unsafe_sde
 from ._known_controls import Asked, evaluate_controls, know_controls, listen
+from ._progress_meter import AbstractProgressMeter
 from ._reversal import AbstractReversal
 from ._saveat import save_y, SaveAt, SubSaveAt
-from ._solver import AbstractSolver, AbstractWrappedSolver
+from ._solver import AbstractSolver
 from ._step_record import may_jump, Step, StepRecord
-from ._step_size_controller import ConstantStepSize, StepTo
+from ._step_size_controller import (
+    AbstractStepSizeController,
+    ConstantStepSize,
+    StepTo,
+)
 from ._step_times import set_times, Times
 from ._stored_states import StoredStates
 from ._term import AbstractTerm
@@ -176,15 +181,30 @@ def set_y_and_solver_state(state: Any, y: Y, solver_state: PyTree) -> Any:
 def without_derivative(solver: AbstractSolver) -> AbstractSolver:
     """The same solver, for where its steps are not differentiated in reverse mode. (Its
     loop over stages need not be such that it can be, which takes more.)"""
-    if isinstance(solver, AbstractWrappedSolver):
-        inner = without_derivative(solver.solver)
-        solver = eqx.tree_at(lambda s: s.solver, solver, inner)
-    names = [field.name for field in dataclasses.fields(solver)]
-    if "scan_kind" in names and solver.scan_kind is None:  # pyright: ignore
+    for field in dataclasses.fields(solver):
+        value = getattr(solver, field.name)
+        if isinstance(value, AbstractSolver):
+            value = without_derivative(value)
+        elif field.name == "scan_kind" and value is None:
+            value = "lax"
+        else:
+            continue
         solver = eqx.tree_at(
-            lambda s: s.scan_kind, solver, "lax", is_leaf=lambda x: x is None
+            lambda s, name=field.name: getattr(s, name),
+            solver,
+            value,
+            is_leaf=lambda x: x is None,
         )
     return solver
+
+
+class _MeterWithoutGradient(eqx.Module):
+    """Steps a progress meter, which calls Python, while times are differentiated."""
+
+    meter: AbstractProgressMeter
+
+    def step(self, state: PyTree, progress: RealScalarLike) -> PyTree:
+        return self.meter.step(state, lax.stop_gradient(progress))
 
 
 # In what follows, `solve` is a pair: how steps are undone, and which controls the
@@ -298,95 +318,29 @@ def close_solve(
     reversal: AbstractReversal,
     checkpoints: int,
     certificate: str,
-    init_state: Any,
-    max_steps: int | None,
-    stepsize_controller: Any,
-    saveat: SaveAt,
-    event: Event | None,
-    t0: RealScalarLike,
-    dt0: RealScalarLike | None,
     on_failure: str,
-    progress_meter: Any,
+    **kwargs: Any,
 ) -> tuple[LocalSolve, ClosedSolve]:
     """Prepares a solve for `reversible_loop`.
 
-    The arguments are those of [`diffrax.AbstractAdjoint.loop`][]. In addition, `loop`
-    is the integration loop, `times` is what the times of the steps depend on,
-    `reversal` is how to undo the steps of its solver, `checkpoints` and `certificate`
-    are those of its adjoint, and `name` is what to call that in error messages.
+    `loop` is the integration loop, the arguments of which are these and `kwargs`.
+    `times` is what the times of the steps depend on, `reversal` is how to undo the
+    steps of its solver, `checkpoints`, `certificate` and `on_failure` are those of the
+    adjoint, and `name` is what to call that in error messages.
 
     Returns what is differentiated, and the solve.
     """
-    subs = flatten_subs(saveat)
-    jumps = init_state.made_jump is not False or may_jump(stepsize_controller)
-    num_recorded = max_steps
-    if type(stepsize_controller) is StepTo and max_steps is None:
-        num_recorded = len(stepsize_controller.ts) - 1
-
-    def empty_record(state):
-        if num_recorded is None:
-            return ConstantRecord.allocate(state)
-        recorded = reversal.record_state(state.solver_state)
-        return StepRecord.allocate(state.tprev, num_recorded, jumps, recorded)
-
-    def forward(_y, _solver_state, _args, _terms, _times):
-        _init_state = set_y_and_solver_state(init_state, _y, _solver_state)
-        _controller, _init_state = set_times(_times, stepsize_controller, _init_state)
-        # Upstream's loop takes a `True` that is known when tracing to hold for every
-        # step, if the controller keeps all steps.
-        keeps_all = type(stepsize_controller) in (ConstantStepSize, StepTo)
-        always_jumps = init_state.made_jump is True and keeps_all
-        if init_state.made_jump is True and not keeps_all:
-            _init_state = eqx.tree_at(
-                lambda s: s.made_jump, _init_state, jnp.asarray(True)
-            )
-        _loop = ft.partial(
-            loop,
-            args=_args,
-            terms=_terms,
-            solver=without_derivative(reversal.solver),
-            init_state=_init_state,
-            max_steps=max_steps,
-            stepsize_controller=_controller,
-            saveat=saveat,
-            # That is looked for after the loop.
-            event=_without_root_finder(event),
-            t0=t0,
-            t1=_times.t1,
-            dt0=dt0,
-            progress_meter=progress_meter,
-        )
-        kept = _y, _solver_state if reversal.has_state else None
-        stored = StoredStates.allocate(checkpoints, kept)
-        record = empty_record(_init_state)
-        return _loop_and_record(_loop, reversal, record, stored, always_jumps)
-
-    step = eqx.filter_eval_shape(
-        lambda state: empty_record(state).read(0, 1), init_state
+    init_state, controller = kwargs["init_state"], kwargs["stepsize_controller"]
+    subs = flatten_subs(kwargs["saveat"])
+    empty_record = ft.partial(
+        _empty_record, reversal, controller, kwargs["max_steps"], init_state.made_jump
     )
-    state = step, y, args, solver_state
-    local, parts = _close_parts(reversal, name, terms, subs, *state)
-    # These have a gradient, if any, elsewhere.
-    elsewhere = jtu.tree_leaves(
-        (
-            (t0, dt0, [sub.ts for sub in subs]),
-            (init_state.event_values, init_state.event_tprev, init_state.event_tnext),
-            _conditions_close_over(
-                event,
-                times.tprev,
-                y,
-                args,
-                terms,
-                solver=reversal.solver,
-                t0=t0,
-                t1=times.t1,
-                dt0=dt0,
-                saveat=saveat,
-                stepsize_controller=stepsize_controller,
-                max_steps=max_steps,
-            ),
-        )
+    step = eqx.filter_eval_shape(lambda s: empty_record(s).read(0, 1), init_state)
+    local, parts = _close_parts(
+        reversal, name, terms, subs, step, y, args, solver_state
     )
+    elsewhere = _gradient_elsewhere(reversal, times, y, args, terms, **kwargs)
+    forward = ft.partial(_forward, loop, reversal, checkpoints, empty_record, kwargs)
     closed_forward = close_function(forward, y, solver_state, args, terms, times)
     has_gradient = _ids(local.closed_over) | _ids(elsewhere)
     return local, ClosedSolve(
@@ -397,38 +351,107 @@ def close_solve(
         checkpoints=checkpoints,
         certificate=certificate,
         every=tuple(sub.steps for sub in subs),
-        first_time=(
-            init_state.controller_state if type(stepsize_controller) is StepTo else 0
-        ),
-        t0=t0,
+        first_time=init_state.controller_state if type(controller) is StepTo else 0,
+        t0=kwargs["t0"],
         t1=times.t1,
         on_failure=on_failure,
         name=name,
     )
 
 
+def _empty_record(
+    reversal: AbstractReversal,
+    controller: AbstractStepSizeController,
+    max_steps: int | None,
+    made_jump: BoolScalarLike,
+    state: Any,
+) -> StepRecord | ConstantRecord:
+    """For a solve from `state`."""
+    if max_steps is None and type(controller) is StepTo:
+        max_steps = len(controller.ts) - 1
+    if max_steps is None:
+        return ConstantRecord.allocate(state)
+    jumps = made_jump is not False or may_jump(controller)
+    recorded = reversal.record_state(state.solver_state)
+    return StepRecord.allocate(state.tprev, max_steps, jumps, recorded)
+
+
+def _forward(
+    loop: Callable,
+    reversal: AbstractReversal,
+    checkpoints: int,
+    empty_record: Callable,
+    kwargs: dict[str, Any],
+    y: Y,
+    solver_state: PyTree,
+    args: Args,
+    terms: PyTree[AbstractTerm],
+    times: Times,
+) -> tuple[Any, StepRecord | ConstantRecord, StoredStates]:
+    """Makes all steps."""
+    controller = kwargs["stepsize_controller"]
+    init_state = set_y_and_solver_state(kwargs["init_state"], y, solver_state)
+    new_controller, init_state = set_times(times, controller, init_state)
+    record = empty_record(init_state)
+    # Upstream's loop takes a `True` that is known when tracing to hold for every step,
+    # if the controller keeps all steps.
+    keeps_all = type(controller) in (ConstantStepSize, StepTo)
+    always_jumps = init_state.made_jump is True and keeps_all
+    if init_state.made_jump is True and not keeps_all:
+        init_state = eqx.tree_at(lambda s: s.made_jump, init_state, jnp.asarray(True))
+    event = kwargs["event"]
+    if event is not None:
+        # The root of its condition is looked for after the loop.
+        event = Event(event.cond_fn, None, event.direction)
+    changed = dict(
+        args=args,
+        terms=terms,
+        solver=without_derivative(reversal.solver),
+        init_state=init_state,
+        stepsize_controller=new_controller,
+        event=event,
+        t1=times.t1,
+        progress_meter=_MeterWithoutGradient(kwargs["progress_meter"]),
+    )
+    kept = y, solver_state if reversal.has_state else None
+    stored = StoredStates.allocate(checkpoints, kept)
+    closed_loop = ft.partial(loop, **(kwargs | changed))
+    return _loop_and_record(closed_loop, reversal, record, stored, always_jumps)
+
+
+def _gradient_elsewhere(
+    reversal: AbstractReversal,
+    times: Times,
+    y: Y,
+    args: Args,
+    terms: PyTree[AbstractTerm],
+    *,
+    init_state: Any,
+    event: Event | None,
+    progress_meter: AbstractProgressMeter,
+    **kwargs: Any,
+) -> list[Any]:
+    """The values that the steps depend on without being differentiated with respect to
+    them: their gradient, if any, comes of something else."""
+    del progress_meter
+    ts = [sub.ts for sub in flatten_subs(kwargs["saveat"])]
+    states = init_state.event_values, init_state.event_tprev, init_state.event_tnext
+    found = jtu.tree_leaves((kwargs["t0"], kwargs["dt0"], ts, states))
+    if event is None:
+        return found
+
+    def conditions(_t, _y, _args, _terms):
+        fns = jtu.tree_leaves(event.cond_fn, is_leaf=callable)
+        given = dict(kwargs, terms=_terms, solver=reversal.solver, t1=times.t1)
+        return [fn(_t, _y, _args, **given) for fn in fns]
+
+    return found + close_function(conditions, times.tprev, y, args, terms).consts
+
+
 def flatten_subs(saveat: SaveAt) -> list[SubSaveAt]:
     """All of `SaveAt(subs=...)`."""
     is_sub = lambda x: isinstance(x, SubSaveAt)
     return jtu.tree_leaves(saveat.subs, is_leaf=is_sub)
-
-
-def _without_root_finder(event: Event | None) -> Event | None:
-    return None if event is None else Event(event.cond_fn, None, event.direction)
-
-
-def _conditions_close_over(
-    event: Event | None, t: RealScalarLike, y: Y, args: Args, terms: Any, **kwargs: Any
-) -> list[Any]:
-    """The values that the conditions of an event close over."""
-    if event is None:
-        return []
-
-    def _evaluate(_t, _y, _args, _terms):
-        fns = jtu.tree_leaves(event.cond_fn, is_leaf=callable)
-        return [fn(_t, _y, _args, terms=_terms, **kwargs) for fn in fns]
-
-    return close_function(_evaluate, t, y, args, terms).consts
 
 
 def _close_parts(
