@@ -311,8 +311,9 @@ class ReversibleAdjoint(AbstractAdjoint):
             "Cannot differentiate `diffeqsolve(..., max_steps=None, "
             f"adjoint={name}())`: recording the times of the steps needs memory, the "
             "size of which JAX has to know in advance. (Unless they are those of "
-            "`StepTo`, or of `ConstantStepSize` for an equation without a Brownian "
-            "motion.) Put a bound on the maximum number of steps."
+            "`StepTo`; or of `ConstantStepSize`, with controls that are functions or "
+            "interpolations and a solver that records nothing of its own.) Put a bound "
+            "on the maximum number of steps."
         )
         final_state = eqxi.nondifferentiable_backward(final_state, msg=msg)
         return final_state, aux_stats
