@@ -266,7 +266,7 @@ def _invert_jvp(primals, tangents, *, problem: _Problem):
     _, inverse = jax.linearize(
         lambda y: problem.back(y, jnp.array(False), back_consts), y1
     )
-    solution = _solve_linear(derivative, inverse, rhs)
+    solution = solve_linear(derivative, inverse, rhs)
     t_y0 = jtu.tree_map(lambda a, b: jnp.where(known, a, b), t_start, solution)
 
     def outputs(y0, _diff_consts):
@@ -289,37 +289,45 @@ def _instantiate(x: Any, tangent: Any) -> Any:
     return tangent
 
 
-def _solve_linear(derivative: Callable[[Y], Y], inverse: Callable[[Y], Y], rhs: Y) -> Y:
-    """Solves `derivative(x) == rhs` by the iteration that the step was inverted with.
-    (`inverse` is the linearisation of what it used.) NaN if it does not converge."""
+def solve_linear(operator: Callable[[Y], Y], inverse: Callable[[Y], Y], rhs: Y) -> Y:
+    """Solves `operator(x) == rhs`, where `inverse` is an approximate inverse, by
 
-    def size(x):
-        norms = [jnp.sum(jnp.abs(y) ** 2) for y in jtu.tree_leaves(x)]
-        norms = [n.astype(jnp.result_type(float)) for n in norms]
-        return jnp.sqrt(sum(norms, jnp.zeros((), jnp.result_type(float))))
+        x <- x + inverse(rhs - operator(x))
 
+    NaN if this does not converge. Can be differentiated any number of times: its
+    derivative is the solution of another such equation."""
     eps = [float(jnp.finfo(x.dtype).eps) for x in jtu.tree_leaves(rhs)]
     eps = max(eps, default=1.0)
-    largest = size(rhs)
 
-    def cond_fun(carry):
-        index, _, residual, error, last_error = carry
-        go_on = (error > 4 * eps * largest) & (error <= 0.5 * last_error)
-        return go_on & (index < 64)
+    def solve(matvec, b):
+        largest = _norm(b)
 
-    def body_fun(carry):
-        index, x, residual, error, _ = carry
-        x = (x**ω + inverse(residual) ** ω).ω
-        residual = (rhs**ω - derivative(x) ** ω).ω
-        return index + 1, x, residual, size(residual), error
+        def cond_fun(carry):
+            index, _, _, error, last_error = carry
+            go_on = (error > 4 * eps * largest) & (error <= 0.5 * last_error)
+            return go_on & (index < 64)
 
-    zeros = jtu.tree_map(jnp.zeros_like, rhs)
-    infinity = jnp.full_like(largest, jnp.inf)
-    _, x, _, error, _ = lax.while_loop(
-        cond_fun, body_fun, (jnp.array(0), zeros, rhs, largest, infinity)
-    )
-    converged = error <= eps ** (2 / 3) * largest
-    return jtu.tree_map(lambda x: jnp.where(converged, x, jnp.nan), x)
+        def body_fun(carry):
+            index, x, residual, error, _ = carry
+            x = (x**ω + inverse(residual) ** ω).ω
+            residual = (b**ω - matvec(x) ** ω).ω
+            return index + 1, x, residual, _norm(residual), error
+
+        zeros = jtu.tree_map(jnp.zeros_like, b)
+        infinity = jnp.full_like(largest, jnp.inf)
+        _, x, _, error, _ = lax.while_loop(
+            cond_fun, body_fun, (jnp.array(0), zeros, b, largest, infinity)
+        )
+        converged = error <= eps ** (2 / 3) * largest
+        return jtu.tree_map(lambda x: jnp.where(converged, x, jnp.nan), x)
+
+    return lax.custom_linear_solve(operator, rhs, solve)
+
+
+def _norm(tree: PyTree[Array]) -> Real[Array, ""]:
+    dtype = jnp.result_type(float)
+    squares = [jnp.sum(jnp.abs(x) ** 2).astype(dtype) for x in jtu.tree_leaves(tree)]
+    return jnp.sqrt(sum(squares, jnp.zeros((), dtype)))
 
 
 def invert_step(

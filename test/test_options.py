@@ -338,6 +338,21 @@ def test_hessian_vector_product(kwargs):
     _agree(loss, _params, diffrax.DirectAdjoint(), _second, rtol=1e-10)
 
 
+@pytest.mark.slow
+@_each_way
+def test_third_derivative(kwargs):
+    def third(adjoint):
+        def loss(x):
+            params = _params | dict(y0=x * _params["y0"], args=x)
+            return _weigh(_solve(params, adjoint, **kwargs).ys)
+
+        along = lambda fn: lambda x: jax.jvp(fn, (x,), (jnp.ones_like(x),))[1]
+        return jax.jit(along(along(jax.grad(loss))))(jnp.array(1.3))
+
+    expected = third(diffrax.DirectAdjoint())
+    np.testing.assert_allclose(third(_reversible), expected, rtol=1e-11)
+
+
 def test_hessian_with_large_steps():
     # The derivative of undoing a step that takes many corrections.
     params = {k: _params[k] for k in ("y0", "args")}

@@ -7,10 +7,11 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from equinox.internal import ω
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree, Real
 
+from .._closed_function import close_function, ClosedFunction
 from .._custom_types import Args, BoolScalarLike, DenseInfo, RealScalarLike, Y
-from .._invert_step import max_abs, relative_distance
+from .._invert_step import max_abs, relative_distance, solve_linear
 from .._term import AbstractTerm
 from ._upstream_reversible_heun import (
     _SolverState as _SolverState,
@@ -113,7 +114,22 @@ def _fixed_point(fn: Callable[[Y], Y], y: Y) -> Y:
     """Solves `fn(y) == y` to rounding level, starting at `y`."""
     if len(jtu.tree_leaves(y)) == 0:
         return y
-    start = lax.stop_gradient(y)
+    out, error = _iterate(y, close_function(fn, y))
+    # A solve that failed has told so itself.
+    finite = [jnp.all(jnp.isfinite(x)) for x in jtu.tree_leaves(y)]
+    return eqx.error_if(
+        out,
+        (error > 8) & jnp.all(jnp.stack(finite)),
+        "Could not undo the step of `ReversibleHeun` that follows a jump, as its step "
+        "size is too large. Consider reducing the step size, or using a different "
+        "solver, for example `diffrax.UReversible(diffrax.Heun())`.",
+    )
+
+
+# With a rule of its own, so that it can be differentiated any number of times.
+@eqx.filter_custom_jvp
+def _iterate(start: Y, fn: ClosedFunction) -> tuple[Y, Real[Array, ""]]:
+    """The solution of `fn(y) == y`, and how far it is off, in units of rounding."""
     size = jtu.tree_map(lambda x: jnp.where(x == 0, 1, x), max_abs(start))
 
     def cond_fun(carry):
@@ -122,48 +138,24 @@ def _fixed_point(fn: Callable[[Y], Y], y: Y) -> Y:
 
     def body_fun(carry):
         index, y, _ = carry
-        new = lax.stop_gradient(fn(y))
+        new = fn(y)
         return index + 1, new, relative_distance(new, y, size)
 
     infinity = jnp.array(jnp.inf, jnp.result_type(float))
-    carry = jnp.array(0), start, infinity
-    _, y, error = lax.while_loop(cond_fun, body_fun, carry)
-    # A solve that failed has told so itself.
-    finite = [jnp.all(jnp.isfinite(x)) for x in jtu.tree_leaves(start)]
-    return eqx.error_if(
-        _with_derivative(fn, lax.stop_gradient(y)),
-        (error > 8) & jnp.all(jnp.stack(finite)),
-        "Could not undo the step of `ReversibleHeun` that follows a jump, as its step "
-        "size is too large. Consider reducing the step size, or using a different "
-        "solver, for example `diffrax.UReversible(diffrax.Heun())`.",
-    )
+    _, y, error = lax.while_loop(cond_fun, body_fun, (jnp.array(0), start, infinity))
+    return y, error
 
 
-def _with_derivative(fn: Callable[[Y], Y], y: Y) -> Y:
-    """`y`, which solves `fn(y) == y`, with the derivative of the solution."""
-    end, derivative = jax.linearize(fn, y)
-    # Zero, but for its derivative.
-    rhs = (end**ω - lax.stop_gradient(end) ** ω).ω
-
-    def solve(_, b):
-        def size(x):
-            return sum(jnp.sum(jnp.abs(leaf)) for leaf in jtu.tree_leaves(x))
-
-        def cond_fun(carry):
-            index, _, update = carry
-            eps = min(float(jnp.finfo(x.dtype).eps) for x in jtu.tree_leaves(b))
-            return (size(update) > eps * size(b)) & (index < 256)
-
-        def body_fun(carry):
-            index, x, update = carry
-            update = derivative(update)
-            return index + 1, (x**ω + update**ω).ω, update
-
-        _, x, _ = lax.while_loop(cond_fun, body_fun, (0, b, b))
-        return x
-
-    matvec = lambda x: (x**ω - derivative(x) ** ω).ω
-    return (y**ω + lax.custom_linear_solve(matvec, rhs, solve) ** ω).ω
+@_iterate.def_jvp
+def _iterate_jvp(primals, tangents):
+    """Differentiates the equation."""
+    start, fn = primals
+    _, t_fn = tangents
+    y, error = _iterate(start, fn)
+    _, rhs = eqx.filter_jvp(lambda _fn: _fn(y), (fn,), (t_fn,))
+    _, derivative = jax.linearize(fn, y)
+    operator = lambda x: (x**ω - derivative(x) ** ω).ω
+    return (y, error), (solve_linear(operator, lambda x: x, rhs), None)
 
 
 ReversibleHeun.__init__.__doc__ = """**Arguments:** None"""
