@@ -17,6 +17,7 @@ from ._closed_solve import (
 )
 from ._constant_record import can_compute_times
 from ._custom_types import RealScalarLike
+from ._progress_meter import AbstractProgressMeter, NoProgressMeter
 from ._reversal import (
     AbstractReversal,
     AlgebraicReversal,
@@ -196,6 +197,7 @@ class ReversibleAdjoint(AbstractAdjoint):
     checkpoints: int = eqx.field(default=16, converter=_as_int)
     certificate: str = "full"
     on_failure: str = "raise"
+    progress_meter: AbstractProgressMeter = NoProgressMeter()
 
     def __check_init__(self):
         name = type(self).__name__
@@ -215,6 +217,12 @@ class ReversibleAdjoint(AbstractAdjoint):
                     f"`{what}` in `{name}({what}=...)` must be one of {choices}, but "
                     f"got {value!r}."
                 )
+        if not isinstance(self.progress_meter, AbstractProgressMeter):
+            raise ValueError(
+                f"`progress_meter` in `{name}(progress_meter=...)` must be a progress "
+                f"meter, such as `TqdmProgressMeter()`, but got "
+                f"{self.progress_meter!r}."
+            )
 
     def _trace(self, terms: PyTree[AbstractTerm]) -> Array | None:
         """What to pass for `trace` to `reversible_loop`."""
@@ -269,6 +277,7 @@ class ReversibleAdjoint(AbstractAdjoint):
             checkpoints=self.checkpoints,
             certificate=self.certificate,
             on_failure=on_failure,
+            backward_meter=self.progress_meter,
         )
         kwargs: dict[str, Any] = dict(
             args=args,
@@ -335,6 +344,10 @@ ReversibleAdjoint.__init__.__doc__ = """**Arguments:**
     an error (with `diffeqsolve(..., throw=False)` this is as `"nan"`); `"nan"`, to make
     it NaN, under `jax.vmap` for those members of the batch alone that are concerned
     (but what is shared by the whole batch has a single gradient); or `"ignore"`.
+- `progress_meter`: Shows how far going back has come, from 0 at the end of the solve to
+    1 at its start, by steps undone. (That of `diffeqsolve(..., progress_meter=...)`
+    shows how far the solve has come on the way forward.) Any [progress
+    meter](./progress_meter.md); by default there is none.
 
 **Raises:**
 

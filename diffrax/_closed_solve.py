@@ -149,6 +149,7 @@ class ClosedSolve(eqx.Module):
     - `t0`, `t1`: as passed to `diffeqsolve`.
     - `on_failure`: what to do if there is no gradient to be had: `"raise"`, `"nan"` or
         `"ignore"`.
+    - `progress_meter`: shows how far going back has come.
     - `name`: what to call the adjoint in error messages.
     """
 
@@ -166,6 +167,7 @@ class ClosedSolve(eqx.Module):
     t0: RealScalarLike
     t1: RealScalarLike
     on_failure: str
+    progress_meter: AbstractProgressMeter
     name: str
 
 
@@ -319,14 +321,16 @@ def close_solve(
     checkpoints: int,
     certificate: str,
     on_failure: str,
+    backward_meter: AbstractProgressMeter,
     **kwargs: Any,
 ) -> tuple[LocalSolve, ClosedSolve]:
     """Prepares a solve for `reversible_loop`.
 
     `loop` is the integration loop, the arguments of which are these and `kwargs`.
     `times` is what the times of the steps depend on, `reversal` is how to undo the
-    steps of its solver, `checkpoints`, `certificate` and `on_failure` are those of the
-    adjoint, and `name` is what to call that in error messages.
+    steps of its solver, `checkpoints`, `certificate`, `on_failure` and `backward_meter`
+    (its `progress_meter`) are those of the adjoint, and `name` is what to call that in
+    error messages.
 
     Returns what is differentiated, and the solve.
     """
@@ -355,6 +359,7 @@ def close_solve(
         t0=kwargs["t0"],
         t1=times.t1,
         on_failure=on_failure,
+        progress_meter=backward_meter,
         name=name,
     )
 

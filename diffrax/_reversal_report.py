@@ -119,6 +119,7 @@ def reversal_report(
         checkpoints=adjoint.checkpoints,
         certificate=adjoint.certificate,
         on_failure="ignore",
+        progress_meter=adjoint.progress_meter,
         solves=_Solves(),
     )
     eqx.filter_eval_shape(lambda *a: loss(_TracingAdjoint(**kwargs), *a), *args)

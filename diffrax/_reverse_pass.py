@@ -38,6 +38,7 @@ class Segment(eqx.Module):
     - `tried`: whether the last step has been undone like any other; and if so, a
         sketch of the cotangents that that made.
     - `trace`: what each step took.
+    - `meter`: the state of the progress meter.
     """
 
     position: Position
@@ -47,6 +48,7 @@ class Segment(eqx.Module):
     tried: Bool[Array, ""]
     sketch: PyTree[Array]
     trace: StepTrace
+    meter: PyTree
 
 
 class Worst(eqx.Module):
@@ -85,6 +87,7 @@ class ReversePass(eqx.Module):
         target: IntScalarLike,
         state: PyTree,
         trace: StepTrace,
+        meter: PyTree,
     ) -> Segment:
         """Goes back to step `target`, which starts from `state`.
 
@@ -149,9 +152,10 @@ class ReversePass(eqx.Module):
                 tried=val.tried | try_,
                 sketch=where(try_, sketch_, val.sketch),
                 trace=trace,
+                meter=self._show_progress(position.index, val.meter),
             )
 
-        val = self._start(position, trace)
+        val = self._start(position, trace, meter)
         return eqxi.while_loop(
             cond_fun,
             body_fun,
@@ -160,7 +164,7 @@ class ReversePass(eqx.Module):
             kind="lax",
         )
 
-    def _start(self, position: Position, trace: StepTrace) -> Segment:
+    def _start(self, position: Position, trace: StepTrace, meter: PyTree) -> Segment:
         # Here the state is known.
         error = self.step.start_error(position.y, position.hint)
         return Segment(
@@ -175,7 +179,14 @@ class ReversePass(eqx.Module):
                 lambda x: jnp.zeros((), x.dtype), _cotangents(position)
             ),
             trace=trace,
+            meter=meter,
         )
+
+    def _show_progress(self, index: IntScalarLike, meter: PyTree) -> PyTree:
+        progress = 1 - index / jnp.maximum(self.step.num_steps, 1)
+        # A meter calls Python, which cannot be differentiated.
+        progress = lax.stop_gradient(progress)
+        return self.step.closed.progress_meter.step(meter, progress)
 
     def replay(
         self,
@@ -246,11 +257,13 @@ class ReversePass(eqx.Module):
         """Goes back to the start of the solve. Returns the position there, and how well
         that went."""
         closed = self.step.closed
+        meter = closed.progress_meter.init()
         solver_state0 = self.step.solver_state0 if closed.reversal.has_state else None
         start = self.step.y0, solver_state0
         zero = jnp.array(0, position.index.dtype)
         if closed.checkpoints == 0:
-            all_ = self.segment(position, zero, start, trace)
+            all_ = self.segment(position, zero, start, trace, meter)
+            closed.progress_meter.close(all_.meter)
             return all_.position, Worst(all_.missed, all_.lost), all_.trace
         stored = stored.extend(closed.checkpoints).drop(position.index)
         no_limit = jnp.array(jnp.iinfo(jnp.int32).max, position.index.dtype)
@@ -260,7 +273,7 @@ class ReversePass(eqx.Module):
             return position.index > 0
 
         def body_fun(carry):
-            position, worst, limit, rate, stored, trace = carry
+            position, worst, limit, rate, stored, trace, meter = carry
             first = stored.last()
             length = position.index - first
             state = stored.read(first, start)
@@ -270,7 +283,7 @@ class ReversePass(eqx.Module):
             again = again & (length > 1)
             stop = jnp.where(again, position.index - 1, first)
             state, stored, trace = self.replay(first, stop, again, state, stored, trace)
-            new = self.segment(position, stop, state, trace)
+            new = self.segment(position, stop, state, trace, meter)
             undone = position.index - new.position.index
             is_whole = (new.missed <= 1) & (new.position.index == stop)
             is_right = is_whole | (length == 1) | again
@@ -284,21 +297,22 @@ class ReversePass(eqx.Module):
             rate = jnp.where(again, rate, new.corrections / jnp.maximum(undone, 1))
             position = where(is_right, new.position, position)
             stored = stored.drop(position.index)
-            return position, worst, limit, rate, stored, new.trace
+            return position, worst, limit, rate, stored, new.trace, new.meter
 
         def buffers(carry):
-            *_, stored, trace = carry
+            *_, stored, trace, _ = carry
             return stored.buffers, trace.buffers
 
         no_rate = jnp.zeros((), jnp.result_type(float))
         worst = Worst(no_rate, zero)
-        position, worst, *_, trace = eqxi.while_loop(
+        position, worst, *_, trace, meter = eqxi.while_loop(
             cond_fun,
             body_fun,
-            (position, worst, no_limit, no_rate, stored, trace),
+            (position, worst, no_limit, no_rate, stored, trace, meter),
             buffers=buffers,
             kind="lax",
         )
+        closed.progress_meter.close(meter)
         return position, worst, trace
 
     def _is_less_work(

@@ -1,5 +1,6 @@
 """`ReversibleAdjoint`: its memory, what it refuses, and what has no gradient."""
 
+import functools as ft
 import warnings
 from typing import Any
 
@@ -363,21 +364,35 @@ def test_nondifferentiable_closure():
 #
 
 
-def test_one_trace():
+@pytest.mark.parametrize(
+    "derivative",
+    (
+        jax.grad,
+        # With respect to times, too.
+        ft.partial(jax.grad, argnums=(0, 1, 2, 3)),
+        pytest.param(lambda loss: jax.jacfwd(jax.grad(loss)), marks=pytest.mark.slow),
+    ),
+    ids=("gradient", "times", "second derivative"),
+)
+def test_one_trace(derivative):
     # One for each shape, and none for new values.
     num_traces = 0
 
-    @eqx.filter_jit
-    @eqx.filter_grad
-    def grad(args, y0, t1):
+    def loss(args, y0, t1, ts):
+        saveat = diffrax.SaveAt(t1=True, ts=ts)
+        return _loss(args, y0=y0, t1=t1, saveat=saveat)
+
+    @jax.jit
+    def grad(args, *others):
         nonlocal num_traces
         num_traces += 1
-        return _loss(args, y0=y0, t1=t1)
+        return derivative(loss)(args, *others)
 
+    ts = jnp.array([0.1, 0.2])
     for scale in (1.0, 2.0, 3.0):
-        grad(jnp.array(scale), scale * _y0, jnp.array(scale / 3))
+        grad(jnp.array(scale), scale * _y0, jnp.array(scale / 3), ts / scale)
     assert num_traces == 1
-    grad(jnp.array(1.0), jnp.ones(3), jnp.array(1.0))
+    grad(jnp.array(1.0), jnp.ones(3), jnp.array(1.0), ts)
     assert num_traces == 2
 
 

@@ -575,6 +575,14 @@ def test_ahead_of_time_with_donated_arguments():
     assert all(x.is_deleted() for x in jtu.tree_leaves(params))
 
 
+def _percentages(shown: str) -> list[float]:
+    lines = shown.replace("\r", "\n").split("\n")
+    # `tqdm` may draw one of them again, if it takes long.
+    return list(
+        dict.fromkeys(float(line.split("%")[0]) for line in lines if "%" in line)
+    )
+
+
 def test_tqdm_progress_meter(capfd):
     meter = diffrax.TqdmProgressMeter(refresh_steps=10)
 
@@ -585,8 +593,58 @@ def test_tqdm_progress_meter(capfd):
     _assert_close(grad(progress_meter=meter), grad(), rtol=1e-14)
     jax.effects_barrier()
     # Once, on the way forward.
-    shown = capfd.readouterr().err
-    percentages = [line.split("%")[0] for line in shown.split("\r") if "%" in line]
-    # `tqdm` may draw one of them again, if it takes long.
-    drawn = list(dict.fromkeys(map(float, percentages)))
-    assert drawn == [0, 2, 22, 42, 62, 82, 100]
+    assert _percentages(capfd.readouterr().err) == [0, 2, 22, 42, 62, 82, 100]
+
+
+def _goes_from_start_to_end(percentages: list[float]) -> bool:
+    # Three times in between: a segment that is made again may add a step to that.
+    return (
+        percentages[0] == 0
+        and percentages[-1] == 100
+        and percentages == sorted(percentages)
+        and 5 <= len(percentages) <= 6
+    )
+
+
+@pytest.mark.parametrize("checkpoints", (0, 1))
+@pytest.mark.parametrize(
+    "meter",
+    (
+        diffrax.TqdmProgressMeter(refresh_steps=20),
+        diffrax.TextProgressMeter(minimum_increase=0.3),
+    ),
+    ids=("tqdm", "text"),
+)
+def test_progress_meter_on_the_way_back(meter, checkpoints, capfd):
+    def grad(**kwargs):
+        adjoint = diffrax.ReversibleAdjoint(checkpoints=checkpoints, **kwargs)
+        return jax.jit(jax.grad(_loss), static_argnums=1)(_params, adjoint)
+
+    _assert_close(grad(progress_meter=meter), grad(), rtol=1e-14)
+    jax.effects_barrier()
+    captured = capfd.readouterr()
+    assert _goes_from_start_to_end(_percentages(captured.err + captured.out))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transform", ("vmap", "jvp"))
+def test_transformed_progress_meter_on_the_way_back(transform, capfd):
+    # Shown once for a whole batch.
+    def transformed(**kwargs):
+        adjoint = diffrax.ReversibleAdjoint(checkpoints=1, **kwargs)
+        grad = lambda x: jax.grad(_loss)(_params | dict(args=x), adjoint)
+        if transform == "vmap":
+            return jax.jit(jax.vmap(grad))(jnp.array([1.0, 2.0]))
+        return jax.jvp(grad, (jnp.array(1.0),), (jnp.array(1.0),))
+
+    meter = diffrax.TextProgressMeter(minimum_increase=0.3)
+    _assert_close(transformed(progress_meter=meter), transformed(), rtol=1e-14)
+    jax.effects_barrier()
+    assert _goes_from_start_to_end(_percentages(capfd.readouterr().out))
+
+
+def test_not_a_progress_meter():
+    # (In this suite it is the type checker who says so.)
+    meter: Any = "tqdm"
+    with pytest.raises(Exception, match="progress_meter"):
+        diffrax.ReversibleAdjoint(progress_meter=meter)
