@@ -9,8 +9,11 @@ error. The reference is the first of `RecursiveCheckpointAdjoint`, `DirectAdjoin
 `ForwardMode` that can do it. With `ForwardMode` the derivative is taken in forward
 mode, as that is all it can do. All in float64, on small problems.
 
-Takes about eight minutes on 2 CPU cores. With `--output` it writes one line of JSON for
-each feature, from which the table of the documentation is made:
+And for `ReversibleAdjoint`: by how many bytes the scratch memory of the compiled
+program grows with each step that is allowed for.
+
+Takes about twelve minutes on 2 CPU cores. With `--output` it writes one line of JSON
+for each feature, from which the table of the documentation is made:
 
     python benchmarks/features.py --output docs/measured/features.jsonl
 
@@ -21,6 +24,7 @@ round.
 
 import argparse
 import concurrent.futures
+import contextvars
 import json
 import multiprocessing
 import pathlib
@@ -51,16 +55,24 @@ OURS = "ReversibleAdjoint"
 REFERENCES = ("RecursiveCheckpointAdjoint", "DirectAdjoint", "ForwardMode")
 # A gradient that is off by more than this is not what the solver computed.
 EXACT = 1e-10
+# Of every solve. The program, and so its memory, depends on this and not on how many
+# steps it takes.
+MAX_STEPS = contextvars.ContextVar("MAX_STEPS", default=64)
 
 
 class Feature(NamedTuple):
-    """Something to differentiate: `loss(params, adjoint)`, in a group of the table."""
+    """Something to differentiate: `loss(params, adjoint)`, in a group of the table.
+
+    `step_bytes` is by how much the memory of `ReversibleAdjoint` may grow with each
+    step: by the record of its time, 8 bytes; and where times are differentiated, of the
+    derivatives of that. `None` where the output grows."""
 
     group: str
     name: str
     loss: Callable[[PyTree, diffrax.AbstractAdjoint], Array]
     derivative: str = "gradient"
     params: Callable[[], PyTree] = lambda: PARAMS
+    step_bytes: int | None = 8
 
 
 jax.config.update("jax_enable_x64", True)
@@ -97,7 +109,7 @@ def solve(params: PyTree, adjoint: diffrax.AbstractAdjoint, **kwargs) -> Any:
         dt0=0.1,
         y0=params["y0"],
         args=params["a"],
-        max_steps=64,
+        max_steps=MAX_STEPS.get(),
     )
     return diffrax.diffeqsolve(**(defaults | kwargs), adjoint=adjoint)
 
@@ -360,9 +372,9 @@ _dt0, _dt0_params = _times("dt0")
 FEATURES = [
     Feature("Saving", "`SaveAt(t1=True)`", saved()),
     Feature("Saving", "`SaveAt(t0=True, t1=True, ts=...)`", _save(t0=True, ts=TS)),
-    Feature("Saving", "`SaveAt(steps=True)`", _save(steps=True)),
-    Feature("Saving", "`SaveAt(steps=n)`", _save(steps=3, t1=True)),
-    Feature("Saving", "`SaveAt(dense=True)`", _dense),
+    Feature("Saving", "`SaveAt(steps=True)`", _save(steps=True), step_bytes=None),
+    Feature("Saving", "`SaveAt(steps=n)`", _save(steps=3, t1=True), step_bytes=None),
+    Feature("Saving", "`SaveAt(dense=True)`", _dense, step_bytes=None),
     Feature("Saving", "`SaveAt(fn=...)`", _fn_of_args),
     Feature(
         "Saving",
@@ -379,9 +391,13 @@ FEATURES = [
             },
             dense=True,
         ),
+        step_bytes=None,
     ),
     Feature("Saving", "`Solution.solver_state`", _solver_state),
-    Feature("Saving", "a second solve from the state of the first", _restart),
+    # Of two solves.
+    Feature(
+        "Saving", "a second solve from the state of the first", _restart, step_bytes=16
+    ),
     Feature("Steps", "adaptive", saved(stepsize_controller=_adaptive)),
     Feature(
         "Steps",
@@ -399,6 +415,7 @@ FEATURES = [
                 _adaptive, jump_ts=jnp.array([0.35])
             )
         ),
+        step_bytes=17,
     ),
     Feature("Steps", "`max_steps=None`, constant steps", saved(max_steps=None)),
     Feature(
@@ -415,8 +432,8 @@ FEATURES = [
         "`max_steps=None`, adaptive",
         saved(stepsize_controller=_adaptive, max_steps=None),
     ),
-    Feature("With respect to", "`t0`, `t1`", _t0, params=_t0_params),
-    Feature("With respect to", "`dt0`", _dt0, params=_dt0_params),
+    Feature("With respect to", "`t0`, `t1`", _t0, params=_t0_params, step_bytes=48),
+    Feature("With respect to", "`dt0`", _dt0, params=_dt0_params, step_bytes=24),
     Feature(
         "With respect to", "`SaveAt(ts=...)`", _ts, params=lambda: PARAMS | {"ts": TS}
     ),
@@ -425,18 +442,21 @@ FEATURES = [
         "`StepTo(ts=...)`",
         _step_to,
         params=lambda: PARAMS | {"ts": jnp.linspace(0.0, 1.0, 9) ** 2},
+        step_bytes=40,
     ),
     Feature(
         "With respect to",
         "`t0`, `t1`, `dt0`, adaptive steps",
         _t0_adaptive,
         params=_t0_adaptive_params,
+        step_bytes=32,
     ),
     Feature(
         "With respect to",
         "times, of `Solution.ts`",
         _solution_ts,
         params=lambda: PARAMS | {"ts": TS},
+        step_bytes=None,
     ),
     Feature(
         "Equations",
@@ -476,7 +496,8 @@ FEATURES = [
     Feature("Derivatives", "`jax.hessian`", saved(), "hessian"),
     Feature("Derivatives", "`jax.jvp(jax.grad(...), ...)`", saved(), "product"),
     Feature("Derivatives", "`jax.jacrev(jax.jacrev(...))`", saved(), "reverse twice"),
-    Feature("Transformations", "`jax.vmap`, adaptive steps", _vmap),
+    # Of two members.
+    Feature("Transformations", "`jax.vmap`, adaptive steps", _vmap, step_bytes=16),
     Feature("Transformations", "`jax.checkpoint`", _remat),
     Feature("Transformations", "inside `jax.lax.scan`", _scan),
     Feature("Transformations", "inside `jax.custom_vjp`", _custom_rule),
@@ -484,7 +505,7 @@ FEATURES = [
 ]
 
 
-def derivative(feature: Feature, name: str) -> PyTree:
+def derivative(feature: Feature, name: str) -> Callable[[PyTree], PyTree]:
     """The derivative that is asked for, of the loss of a feature."""
     take = {
         "gradient": jax.jacfwd if name == "ForwardMode" else jax.jacrev,
@@ -495,7 +516,20 @@ def derivative(feature: Feature, name: str) -> PyTree:
     }[feature.derivative]
     # Not differentiated are the adjoint and what it was made of.
     loss = lambda params: feature.loss(params, ADJOINTS[name])
-    return eqx.filter_jit(take(loss))(feature.params())
+    return take(loss)
+
+
+def step_bytes(feature: Feature) -> float:
+    """By how much the scratch memory of `ReversibleAdjoint` grows with each step."""
+
+    def temp_bytes(max_steps):
+        token = MAX_STEPS.set(max_steps)
+        lowered = jax.jit(derivative(feature, OURS)).lower(feature.params())
+        MAX_STEPS.reset(token)
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    few, many = 1024, 5120
+    return (temp_bytes(many) - temp_bytes(few)) / (many - few)
 
 
 def relative_error(x: PyTree, exact: PyTree) -> float:
@@ -515,7 +549,9 @@ def first_line(error: Exception) -> str:
 def attempt(feature: Feature, name: str) -> PyTree:
     """The gradient by one adjoint, or what it says in place of one."""
     try:
-        return jax.block_until_ready(derivative(feature, name))
+        return jax.block_until_ready(
+            eqx.filter_jit(derivative(feature, name))(feature.params())
+        )
     except Exception as e:
         return first_line(e)
 
@@ -535,7 +571,11 @@ def measure(feature: Feature, smoke: bool) -> dict[str, Any]:
         name: x if isinstance(x, str) else relative_error(x, found[works[0]])
         for name, x in found.items()
     }
-    return {"group": feature.group, "feature": feature.name, "results": results}
+    row = {"group": feature.group, "feature": feature.name, "results": results}
+    if not smoke:
+        fails = isinstance(results[OURS], str)
+        row["step_bytes"] = None if fails else step_bytes(feature)
+    return row
 
 
 def measure_one(i: int, smoke: bool) -> dict[str, Any]:
@@ -565,6 +605,14 @@ def differs(row: dict[str, Any], stored: dict[str, Any] | None) -> bool:
     )
 
 
+def grows(row: dict[str, Any], feature: Feature) -> bool:
+    """Whether memory grows by more than it should."""
+    measured = row.get("step_bytes")
+    if measured is None or feature.step_bytes is None:
+        return False
+    return measured > feature.step_bytes
+
+
 def main(names: list[str], output: pathlib.Path | None, smoke: bool) -> int:
     stored = {}
     if smoke:
@@ -588,6 +636,11 @@ def main(names: list[str], output: pathlib.Path | None, smoke: bool) -> int:
             if smoke and differs(row, stored.get((row["group"], row["feature"]))):
                 failed = True
                 print(f"    FAILED: {STORED.name} says otherwise")
+            if row.get("step_bytes") is not None:
+                print(f"    bytes for each step: {row['step_bytes']:g}")
+            if grows(row, FEATURES[chosen[len(rows) - 1]]):
+                failed = True
+                print("    FAILED: memory grows by more than it should")
     if not rows:
         print("There is no such feature.")
         failed = True
