@@ -13,6 +13,7 @@ from ._closed_solve import (
     as_arrays,
     close_solve,
     flatten_subs,
+    has_steps_without_gradient,
     set_y_and_solver_state,
 )
 from ._constant_record import can_compute_times
@@ -35,9 +36,6 @@ from ._solver.fixed_point_reversible import FixedPointReversible, is_plain_erk
 from ._solver.reversible_half_solver import records_state, ReversibleHalfSolver
 from ._step_size_controller import (
     AbstractStepSizeController,
-    ClipStepSizeController,
-    ConstantStepSize,
-    PIDController,
     StepTo,
 )
 from ._step_times import get_times, set_times
@@ -256,12 +254,6 @@ class ReversibleAdjoint(AbstractAdjoint):
         init_state = set_y_and_solver_state(
             init_state, init_state.y, as_arrays(init_state.solver_state)
         )
-        args, terms, init_state, saveat, stepsize_controller, t0, t1 = (
-            reverse_mode_only(
-                (args, terms, init_state, saveat, stepsize_controller, t0, t1),
-                _no_forward_mode(name),
-            )
-        )
         _refuse_gradient_of_steps(
             stepsize_controller, solver, terms, args, init_state, name
         )
@@ -401,14 +393,6 @@ def _check_can_step_back(reversal: AbstractReversal, name: str) -> None:
         )
 
 
-def _has_steps_without_gradient(controller: AbstractStepSizeController) -> bool:
-    """Whether this is known to be a controller through the steps of which no gradient
-    flows: those of Diffrax stop it."""
-    if type(controller) is ClipStepSizeController:
-        return _has_steps_without_gradient(controller.controller)
-    return type(controller) in (ConstantStepSize, StepTo, PIDController)
-
-
 def _refuse_gradient_of_steps(
     controller: AbstractStepSizeController,
     solver: AbstractSolver,
@@ -419,7 +403,7 @@ def _refuse_gradient_of_steps(
 ) -> None:
     """Raises an error if the size of the next step, which takes no part in the backward
     pass, is a function of what is being differentiated."""
-    if _has_steps_without_gradient(controller):
+    if has_steps_without_gradient(controller):
         return
     # Only the derivative of this is of interest; its values are not used. And only that
     # with respect to other things than times.
@@ -505,7 +489,6 @@ def _reversible_while_loop(
     local, closed = close_solve(
         loop, y, solver_state, args, terms, times, **kwargs, **closing
     )
-    local = reverse_mode_only(local, _no_forward_mode(closing["name"]))
     arrays, rest = eqx.partition(closed, eqx.is_array)
     inputs = Inputs(
         y=y,
@@ -518,6 +501,7 @@ def _reversible_while_loop(
         closed=arrays,
         trace=trace,
     )
+    inputs = reverse_mode_only(inputs, _no_forward_mode(closing["name"]))
     final_state = reversible_loop(inputs, rest)
     # From a custom derivative rule even integers have a tangent, if an empty one, and
     # not every primitive that comes later has a rule for that.

@@ -31,13 +31,16 @@ from ._solver import AbstractSolver
 from ._step_record import may_jump, Step, StepRecord
 from ._step_size_controller import (
     AbstractStepSizeController,
+    ClipStepSizeController,
     ConstantStepSize,
+    PIDController,
     StepTo,
 )
 from ._step_times import set_times, Times
 from ._stored_states import StoredStates
 from ._term import AbstractTerm
 from ._upstream_adjoint import _inner_loop
+from ._without_tangents import without_tangents
 
 
 def as_arrays(tree: PyTree) -> PyTree:
@@ -128,8 +131,9 @@ class _Open(eqx.Module):
 class ClosedSolve(eqx.Module):
     """A solve, and the parts of it that are needed for going back over it.
 
-    - `forward`: makes all steps; a function of `(y, solver_state, args, terms, times)`
-        that returns `(final_state, record, stored)`.
+    - `forward`: makes all steps; a function of `(y, solver_state, args, terms, times,
+        token)` that returns `(final_state, record, stored)`. If `token` has a tangent
+        then the derivative is that of the times of the steps alone.
     - `replay`: makes one step; a function of `(terms, step, y0, args, solver_state)`
         that returns `(y1, solver_state)`.
     - `step_back`: undoes one step, the controls of which are known; a function of
@@ -207,6 +211,31 @@ class _MeterWithoutGradient(eqx.Module):
 
     def step(self, state: PyTree, progress: RealScalarLike) -> PyTree:
         return self.meter.step(state, lax.stop_gradient(progress))
+
+
+class _StepWithoutTimes(eqx.Module):
+    """A solver, the steps of which are not differentiated by whoever differentiates
+    their times alone: with `token`, see `without_tangents`."""
+
+    solver: AbstractSolver
+    token: Array
+
+    def __getattr__(self, name):
+        if name in ("solver", "token"):
+            raise AttributeError(name)
+        return getattr(self.solver, name)
+
+    def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
+        inputs = terms, t0, t1, y0, args, solver_state
+        return self.solver.step(*without_tangents(self.token, inputs), made_jump)
+
+
+def has_steps_without_gradient(controller: AbstractStepSizeController) -> bool:
+    """Whether this is known to be a controller through the steps of which no gradient
+    flows: those of Diffrax stop it."""
+    if type(controller) is ClipStepSizeController:
+        return has_steps_without_gradient(controller.controller)
+    return type(controller) in (ConstantStepSize, StepTo, PIDController)
 
 
 # In what follows, `solve` is a pair: how steps are undone, and which controls the
@@ -345,7 +374,9 @@ def close_solve(
     )
     elsewhere = _gradient_elsewhere(reversal, times, y, args, terms, **kwargs)
     forward = ft.partial(_forward, loop, reversal, checkpoints, empty_record, kwargs)
-    closed_forward = close_function(forward, y, solver_state, args, terms, times)
+    closed_forward = close_function(
+        forward, y, solver_state, args, terms, times, jnp.array(0.0)
+    )
     has_gradient = _ids(local.closed_over) | _ids(elsewhere)
     return local, ClosedSolve(
         forward=_without_gradient(closed_forward, has_gradient, name),
@@ -392,6 +423,7 @@ def _forward(
     args: Args,
     terms: PyTree[AbstractTerm],
     times: Times,
+    token: Array,
 ) -> tuple[Any, StepRecord | ConstantRecord, StoredStates]:
     """Makes all steps."""
     controller = kwargs["stepsize_controller"]
@@ -408,10 +440,13 @@ def _forward(
     if event is not None:
         # The root of its condition is looked for after the loop.
         event = Event(event.cond_fn, None, event.direction)
+    solver: Any = without_derivative(reversal.solver)
+    if has_steps_without_gradient(controller):
+        solver = _StepWithoutTimes(solver, token)
     changed = dict(
         args=args,
         terms=terms,
-        solver=without_derivative(reversal.solver),
+        solver=solver,
         init_state=init_state,
         stepsize_controller=new_controller,
         event=event,

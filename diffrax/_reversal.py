@@ -2,7 +2,7 @@
 differentiated."""
 
 import abc
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -116,10 +116,36 @@ class AlgebraicReversal(AbstractReversal):
         solver_state = self.solver.restore_state(
             terms, step.t1, y1, args, hint, step.solver_state, step.next_made_jump
         )
-        y0, _, solver_state = self.solver.backward_step(
+        out: Any = self.solver.backward_step(
             terms, step.t0, step.t1, y1, args, solver_state, step.made_jump
         )
-        return y0, solver_state
+        name = type(self.solver).__name__
+        if not (isinstance(out, tuple) and len(out) == 3):
+            raise ValueError(
+                f"`{name}.backward_step(...)` must return a tuple `(y0, dense_info, "
+                f"solver_state)`, but returned {eqx.tree_pformat(out)}."
+            )
+        y0, _, solver_state0 = out
+        for what, at_t0, at_t1 in (
+            ("y0", y0, y1),
+            ("solver_state", solver_state0, solver_state),
+        ):
+            if not _are_alike(at_t0, at_t1):
+                raise ValueError(
+                    f"`{what}` as returned by `{name}.backward_step(...)` must be of "
+                    "the structure, shapes and dtypes that it has at `t1`, which are "
+                    f"{eqx.tree_pformat(at_t1)}, but it is {eqx.tree_pformat(at_t0)}."
+                )
+        return y0, solver_state0
+
+
+def _are_alike(x: PyTree, y: PyTree) -> bool:
+    leaves, treedef = jtu.tree_flatten(x)
+    leaves2, treedef2 = jtu.tree_flatten(y)
+    return treedef == treedef2 and all(
+        jnp.shape(a) == jnp.shape(b) and jnp.result_type(a) == jnp.result_type(b)
+        for a, b in zip(leaves, leaves2)
+    )
 
 
 class NumericalReversal(AbstractReversal):

@@ -19,8 +19,9 @@ class ReversalReport(eqx.Module):
 
     All but the last four have shape `(max_steps,)`, with one entry for each accepted
     step, in the order of the steps. What is beyond `num_steps` is NaN, or zero.
-    The errors are relative: each leaf of `y` counts for itself, its largest absolute
-    value being one. An error is NaN where it does not apply.
+    The errors are relative to the size of each entry of `y` (or to a small part of the
+    largest entry of its leaf, if that is more). An error is NaN where it does not
+    apply. Of a batch, everything has the axis of the batch in front.
 
     **Attributes:**
 
@@ -59,10 +60,10 @@ class ReversalReport(eqx.Module):
     grads: tuple[PyTree, ...]
 
     @property
-    def certificate(self) -> Real[Array, ""]:
-        """The largest of all errors. A scalar."""
+    def certificate(self) -> Real[Array, " *batch"]:
+        """The largest of all errors. A scalar; of a batch, one for each member."""
         errors = self.drift, self.residual, self.rounding, self.cotangents
-        return jnp.nanmax(jnp.stack(errors), initial=0.0)
+        return jnp.nanmax(jnp.stack(errors), axis=(0, -1), initial=0.0)
 
 
 def reversal_report(
@@ -111,10 +112,22 @@ def reversal_report(
 
     **Raises:**
 
-    `ValueError` if `loss` does not solve a differential equation with the adjoint that
-    it is passed; if it does so twice; or if it does with `max_steps=None`. At run time
-    if it does so inside of `jax.vmap` or of a loop.
+    `ValueError` if `adjoint` is not a [`diffrax.ReversibleAdjoint`][]; if there is
+    nothing to differentiate in `args`; if `loss` does not solve a differential equation
+    with the adjoint that it is passed; if it does so twice; or if it does with
+    `max_steps=None`. At run time if it does so inside of `jax.vmap` or of a loop.
     """
+    if not isinstance(adjoint, ReversibleAdjoint):
+        raise ValueError(
+            "`adjoint` in `reversal_report(..., adjoint=...)` must be an instance of "
+            f"`ReversibleAdjoint`, but got {adjoint!r}."
+        )
+    leaves = jtu.tree_leaves(args)
+    if len(leaves) > 0 and not any(map(eqx.is_inexact_array, leaves)):
+        raise ValueError(
+            "There is nothing to differentiate in `reversal_report(loss, *args)`: pass "
+            "floating-point arrays, for example `jnp.array(1.0)`, as `args`."
+        )
     kwargs: dict[str, Any] = dict(
         checkpoints=adjoint.checkpoints,
         certificate=adjoint.certificate,

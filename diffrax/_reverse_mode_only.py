@@ -16,8 +16,17 @@ from jaxtyping import PyTree
 #
 # (This is as far as the differentiation of a `jax.custom_vjp` gets by itself, but for
 # an error that tells its users what to do instead.)
+#
+# The first is one for all of the values together. Then, of `jvp(grad(...))` with
+# respect to different ones of them, each is seen for what it is.
 _primal_p = jex.core.Primitive("reverse_mode_only")
+_primal_p.multiple_results = True
 _tangent_p = jex.core.Primitive("reverse_mode_only_tangent")
+
+
+def _identities(*xs, msg):
+    del msg
+    return list(xs)
 
 
 def _identity(x, *, msg):
@@ -31,19 +40,16 @@ def _refuse(*args, msg):
 
 
 def _primal_batch(args, axes, *, msg):
-    (x,) = args
-    (axis,) = axes
-    return _primal_p.bind(x, msg=msg), axis
+    return _primal_p.bind(*args, msg=msg), axes
 
 
 def _primal_jvp(primals, tangents, *, msg):
-    (x,) = primals
-    (t_x,) = tangents
-    # Not marked again: that its derivative is differentiated further, is not for us to
+    # Not marked again: that the derivative is differentiated further, is not for us to
     # judge.
-    if isinstance(t_x, ad.Zero):
-        return x, t_x
-    return x, _tangent_p.bind(ad.instantiate_zeros(t_x), msg=msg)
+    tangents = [
+        t if isinstance(t, ad.Zero) else _tangent_p.bind(t, msg=msg) for t in tangents
+    ]
+    return list(primals), tangents
 
 
 def _tangent_transpose(ct, x, *, msg):
@@ -51,11 +57,11 @@ def _tangent_transpose(ct, x, *, msg):
     return [ct]
 
 
-_primal_p.def_impl(_identity)
-_primal_p.def_abstract_eval(_identity)
+_primal_p.def_impl(_identities)
+_primal_p.def_abstract_eval(_identities)
 ad.primitive_jvps[_primal_p] = _primal_jvp
 batching.primitive_batchers[_primal_p] = _primal_batch
-mlir.register_lowering(_primal_p, mlir.lower_fun(_identity, multiple_results=False))
+mlir.register_lowering(_primal_p, mlir.lower_fun(_identities, multiple_results=True))
 
 _tangent_p.def_impl(_refuse)
 _tangent_p.def_abstract_eval(_identity)
@@ -69,5 +75,6 @@ def reverse_mode_only(x: PyTree, msg: str) -> PyTree:
     """Returns `x`. Raises a `NotImplementedError` with the message `msg` if it is
     differentiated in forward mode: at once, or when the derivative is compiled."""
     dynamic, static = eqx.partition(x, eqx.is_inexact_array)
-    dynamic = jtu.tree_map(lambda y: _primal_p.bind(y, msg=msg), dynamic)
-    return eqx.combine(dynamic, static)
+    leaves, treedef = jtu.tree_flatten(dynamic)
+    leaves = _primal_p.bind(*leaves, msg=msg)
+    return eqx.combine(jtu.tree_unflatten(treedef, leaves), static)

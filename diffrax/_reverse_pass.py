@@ -250,6 +250,8 @@ class ReversePass(eqx.Module):
     #
     # All of them
     #
+    # A batch goes through this together: if one of its members has to make a segment
+    # again, then so do all, as they would have to wait for it otherwise.
 
     def run(
         self, position: Position, stored: StoredStates, trace: StepTrace
@@ -280,13 +282,13 @@ class ReversePass(eqx.Module):
             again = (length > limit) | self._is_less_work(length, stored.num_free, rate)
             if not closed.reversal.can_step_back:
                 again = jnp.array(True)
-            again = again & (length > 1)
+            again = eqxi.unvmap_any(again & (length > 1)) & (length > 1)
             stop = jnp.where(again, position.index - 1, first)
             state, stored, trace = self.replay(first, stop, again, state, stored, trace)
             new = self.segment(position, stop, state, trace, meter)
             undone = position.index - new.position.index
             is_whole = (new.missed <= 1) & (new.position.index == stop)
-            is_right = is_whole | (length == 1) | again
+            is_right = eqxi.unvmap_all(is_whole | (length <= 1) | again)
             counts = is_right & (length > 1) & jnp.invert(again)
             worst = worst.add(new, counts)
             # Try segments again that are as long as twice the longest one that has

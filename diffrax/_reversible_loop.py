@@ -16,13 +16,14 @@ import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
 from ._closed_solve import as_arrays, ClosedSolve, LocalSolve
+from ._constant_record import ConstantRecord
 from ._custom_types import Args, Y
 from ._drift_error import refuse_drift
 from ._reverse_output import Cursor, DenseOutput, SavedOutput
 from ._reverse_pass import ReversePass
 from ._reverse_step import add, filter_inexact, Position, ReverseStep, zeros_like
 from ._saveat import SubSaveAt
-from ._step_record import Step
+from ._step_record import Step, StepRecord
 from ._step_size_controller.clip import _ClipState
 from ._step_times import directions, TimeCotangents, TimeGradient, Times
 from ._step_trace import StepTrace
@@ -65,9 +66,12 @@ def reversible_loop(inputs: Inputs, closed: Any) -> Any:
     return _batch_as(final_state, inputs)
 
 
-def _forward(inputs: Inputs, times: Times, closed: ClosedSolve) -> Any:
+def _forward(
+    inputs: Inputs, times: Times, closed: ClosedSolve, token: Array | None = None
+) -> Any:
+    token = jnp.array(0.0) if token is None else token
     return closed.forward(
-        inputs.y, inputs.solver_state, inputs.args, inputs.terms, times
+        inputs.y, inputs.solver_state, inputs.args, inputs.terms, times, token
     )
 
 
@@ -81,17 +85,20 @@ def _forward_and_moved(
         return _forward(inputs, inputs.times, closed), None
     static: Any = None
 
-    def _run(_diff):
+    def _run(_diff, token):
         nonlocal static
-        out = _forward(inputs, eqx.combine(_diff, nondiff), closed)
+        out = _forward(inputs, eqx.combine(_diff, nondiff), closed, token)
         final_state, record, _ = out
         moving = record.times_only(), _final_times(final_state)
         moving, fixed = eqx.partition(moving, eqx.is_inexact_array)
         dynamic, static = eqx.partition((out, fixed), eqx.is_array)
         return moving, dynamic
 
+    token = jnp.array(0.0)
     _, moved, dynamic = jax.vmap(
-        lambda direction: jax.jvp(_run, (diff,), (direction,), has_aux=True),
+        lambda direction: jax.jvp(
+            _run, (diff, token), (direction, token), has_aux=True
+        ),
         out_axes=(None, 0, None),
     )(directions(diff))
     out, fixed = eqx.combine(dynamic, static)
@@ -235,7 +242,7 @@ def _reversible_loop_bwd(
                 inputs.save_ts, closed.every, _save_states(grad_final_state)
             )
         ],
-        dense=_dense_output(grad_final_state, event_times, last_step, num_steps),
+        dense=_dense_output(grad_final_state, event_times, record, num_steps),
         moved=moved_record,
         first_time=closed.first_time,
     )
@@ -388,13 +395,20 @@ def _pull_back_times(grad_times: TimeGradient | None, diff_times: Times) -> Time
 
 
 def _dense_output(
-    grad_final_state: Any, event_times: Any, last_step: Step, num_steps: Any
+    grad_final_state: Any,
+    event_times: Any,
+    record: StepRecord | ConstantRecord,
+    num_steps: Any,
 ) -> DenseOutput:
     event_tprev, event_tnext = event_times
+    last_step = record.read(num_steps - 1, num_steps)
     event_infos = grad_final_state.event_dense_info
     if len(jtu.tree_leaves(event_infos)) > 0:
         # Of a step that was rejected nothing is known any more.
         is_last = (event_tprev == last_step.t0) & (event_tnext == last_step.t1)
+        if isinstance(record, ConstantRecord):
+            # None is; and `t0` is off by a rounding error.
+            is_last = True
         is_known = (num_steps > 0) & is_last
         event_infos = jtu.tree_map(
             lambda g: jnp.where(is_known | (g == 0), g, jnp.nan), event_infos

@@ -264,6 +264,8 @@ def test_report_of_a_batch():
     np.testing.assert_array_equal(batch.num_steps, 50)
     np.testing.assert_allclose(batch.t0[1], one.t0)
     np.testing.assert_array_equal(batch.replays[1] > 0, one.replays > 0)
+    assert batch.certificate.shape == (2,)
+    np.testing.assert_allclose(batch.certificate[1], one.certificate, rtol=1e-3)
 
 
 @pytest.mark.parametrize("max_corrections", (0, 1))
@@ -289,6 +291,11 @@ def test_corrections_are_bounded(max_corrections):
 def test_report_is_refused(loss, match):
     with pytest.raises(ValueError, match=match):
         diffrax.reversal_report(loss)
+
+
+def test_report_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="pass floating-point arrays"):
+        diffrax.reversal_report(lambda adjoint, x: _loss(adjoint, _y0, x), 1)
 
 
 def test_report_of_a_batch_within_is_refused():

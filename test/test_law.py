@@ -6,7 +6,6 @@ import diffrax
 import equinox as eqx
 import hypothesis
 import hypothesis.strategies as st
-import jax
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
@@ -192,8 +191,7 @@ def test_jump_with_too_large_a_step():
     yhat0 = y0 + 0.1
     state = (yhat0, 6 * yhat0)
     y1, _, _, state, _ = solver.step(term, 0.0, 1.0, y0, None, state, True)
-    with pytest.raises(RuntimeError, match="follows a jump"):
-        out = eqx.filter_jit(solver.backward_step)(
-            term, 0.0, 1.0, y1, None, state, jnp.array(True)
-        )
-        jax.block_until_ready(out)
+    back, *_ = eqx.filter_jit(solver.backward_step)(
+        term, 0.0, 1.0, y1, None, state, jnp.array(True)
+    )
+    assert jnp.all(jnp.isnan(back))

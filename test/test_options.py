@@ -165,6 +165,19 @@ def test_progress_meter_and_times(capfd):
     assert "100.00%" in capfd.readouterr().out
 
 
+@pytest.mark.parametrize("kwargs", (dict(), dict(stepsize_controller=_adaptive)))
+def test_times_and_a_custom_rule(kwargs):
+    # Which cannot be differentiated in forward mode.
+    sin = jax.custom_vjp(jnp.sin)
+    sin.defvjp(lambda x: (jnp.sin(x), x), lambda x, g: (g * jnp.cos(x),))
+    terms = diffrax.ODETerm(lambda t, y, args: jnp.stack([y[1], -args * sin(y[0])]))
+
+    def loss(params, adjoint):
+        return _weigh(_solve(params, adjoint, terms=terms, **kwargs).ys)
+
+    _agree(loss, _params)
+
+
 @pytest.mark.slow
 def test_restart():
     # A second solve that takes up what the first one has left.
@@ -248,6 +261,28 @@ def test_no_end_needs_a_bound():
 
     with pytest.raises(Exception, match="Put a bound on the maximum number of steps"):
         jax.block_until_ready(eqx.filter_jit(jax.grad(loss))(_params["y0"]))
+
+
+def test_event_without_a_bound():
+    # Of a batch: the times of the steps, which are not recorded, round differently when
+    # they are computed again.
+    def grads(adjoint, max_steps):
+        def loss(stop):
+            field = lambda t, y, args: args * jnp.cos(y)
+            event = diffrax.Event(lambda t, y, args, **kwargs: t - stop, _newton)
+            y0 = jnp.array([0.3, 0.7])
+            sol = diffrax.diffeqsolve(
+                *(diffrax.ODETerm(field), diffrax.Euler(), 0.1, 2.3, 0.037, y0, stop),
+                event=event,
+                max_steps=max_steps,
+                adjoint=adjoint,
+            )
+            return _weigh(sol.ys, sol.ts)
+
+        return jax.jit(jax.vmap(jax.grad(loss)))(jnp.linspace(0.15, 1.65, 100))
+
+    expected = grads(_default, 64)
+    np.testing.assert_allclose(grads(_reversible, None), expected, rtol=1e-11)
 
 
 #
@@ -351,6 +386,23 @@ def test_third_derivative(kwargs):
 
     expected = third(diffrax.DirectAdjoint())
     np.testing.assert_allclose(third(_reversible), expected, rtol=1e-11)
+
+
+@pytest.mark.parametrize("outer, inner", (("args", "y0"), ("y0", "closed")))
+def test_mixed_second_derivative(outer, inner):
+    # Along something that the inner gradient knows nothing of.
+    def mixed(adjoint):
+        def loss(outside, inside):
+            params = _params | {outer: outside, inner: inside}
+            field = lambda t, y, args: params["closed"] * _field(t, y, args)
+            terms = diffrax.ODETerm(field)
+            return _weigh(_solve(params, adjoint, terms=terms).ys)
+
+        derivative = jax.jacfwd(jax.grad(loss, argnums=1))
+        return jax.jit(derivative)(_params[outer], _params[inner])
+
+    expected = mixed(diffrax.DirectAdjoint())
+    np.testing.assert_allclose(mixed(_reversible), expected, rtol=1e-11)
 
 
 def test_hessian_with_large_steps():

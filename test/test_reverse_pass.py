@@ -1,6 +1,8 @@
 """Going back over a solve: what is stored, what is made again, and what it costs."""
 
 import itertools as it
+from collections.abc import Callable
+from typing import Any
 
 import diffrax
 import equinox as eqx
@@ -197,6 +199,47 @@ def test_undone_before_a_jump():
     np.testing.assert_allclose(gradient, expected, rtol=1e-11)
 
 
+def test_jump_that_cannot_be_undone():
+    # Of a batch in which one member has the jump, and the other one steps so large that
+    # undoing one as if there had been a jump is hopeless; and then the other way round.
+    def loss(args, adjoint):
+        def solve(rate, jump):
+            def field(t, y, args):
+                fast = (t > 1.5) & (t < 2.1)
+                return args * jnp.where(fast, rate, 1.0) * jnp.sin(y[::-1])
+
+            # All steps are of the same size.
+            controller = diffrax.ClipStepSizeController(
+                diffrax.PIDController(
+                    rtol=1.0, atol=1.0, dtmin=0.1, dtmax=0.1, force_dtmin=True
+                ),
+                jump_ts=jump[None],
+            )
+            sol = diffrax.diffeqsolve(
+                diffrax.ODETerm(field),
+                diffrax.ReversibleHeun(),
+                *(0.0, 4.0, 0.1, jnp.array([0.1, -0.05]), args),
+                stepsize_controller=controller,
+                adjoint=adjoint,
+                max_steps=64,
+            )
+            assert sol.ys is not None
+            return jnp.sum(sol.ys)
+
+        rates = jnp.array([25.0, 1.0, 25.0])
+        jumps = jnp.array([jnp.inf, 0.83, 1.83])
+        return jnp.sum(jax.vmap(solve)(rates, jumps))
+
+    gradient, expected = (
+        jax.jit(jax.grad(loss), static_argnums=1)(jnp.array(1.0), adjoint)
+        for adjoint in (
+            diffrax.ReversibleAdjoint(checkpoints=1),
+            diffrax.RecursiveCheckpointAdjoint(),
+        )
+    )
+    np.testing.assert_allclose(gradient, expected, rtol=1e-10)
+
+
 class _HasGain(diffrax.ODETerm):
     gain: float = 2.0
 
@@ -314,7 +357,7 @@ def _invert(key, step_size, scale):
 
 def _count(adjoint, solver, num_steps, t1, scale):
     """How often the vector field is evaluated by itself, evaluated as part of being
-    linearised, and transposed."""
+    linearised, and transposed; for a batch of `scale`, for all of it at a time."""
     counts = [], [], []
 
     def count(i):
@@ -337,9 +380,7 @@ def _count(adjoint, solver, num_steps, t1, scale):
 
     field.defvjp(fwd, bwd)
 
-    @jax.jit
-    @jax.grad
-    def loss(args):
+    def solve(args):
         sol = diffrax.diffeqsolve(
             diffrax.ODETerm(lambda t, y, args: field(y, args)),
             solver,
@@ -354,7 +395,9 @@ def _count(adjoint, solver, num_steps, t1, scale):
         assert sol.ys is not None
         return jnp.sum(sol.ys)
 
-    jax.block_until_ready(loss(jnp.array(scale)))
+    scale = jnp.asarray(scale)
+    loss = lambda args: jnp.sum(jnp.vectorize(solve)(args))
+    jax.block_until_ready(jax.jit(jax.grad(loss))(scale))
     jax.effects_barrier()
     return map(len, counts)
 
@@ -398,3 +441,45 @@ def test_cost_of_making_again(checkpoints):
     # From a stored state, the first stage has to be evaluated, too.
     assert primal <= num_stages * n + (num_stages + 1) * (n - checkpoints) + 2
     assert linearised == transposed == num_stages * n
+
+
+def test_cost_of_a_batch():
+    # Its members go back together, those that are easy to go back over and those of
+    # which every step has to be made again. If each did so by itself, and had to wait
+    # for all the others all the same, it would be a multiple of this.
+    adjoint = diffrax.ReversibleAdjoint(checkpoints=4)
+    count = lambda scale: sum(_count(adjoint, diffrax.Heun(), 300, 6.0, scale))
+    scales = np.array([-0.1, -3.5, -12.0])
+    assert count(scales) <= 1.2 * max(count(scale) for scale in scales)
+
+
+#
+# Solvers of one's own
+#
+
+
+class _Backward(diffrax.LeapfrogMidpoint):
+    """Returns something else from `backward_step`."""
+
+    change: Callable = eqx.field(static=True, default=lambda out: out)
+
+    def backward_step(self, *args, **kwargs) -> Any:
+        return self.change(super().backward_step(*args, **kwargs))
+
+
+@pytest.mark.parametrize(
+    "change, match",
+    (
+        (lambda out: out[:2], "must return a tuple"),
+        (lambda out: [*out], "must return a tuple"),
+        (lambda out: (out[0][None], *out[1:]), "`y0` as returned by `_Backward"),
+        (
+            lambda out: (*out[:2], (out[2][0], None)),
+            "`solver_state` as returned by `_Backward",
+        ),
+    ),
+    ids=("two values", "list", "shape", "structure"),
+)
+def test_backward_step_is_checked(change, match):
+    with pytest.raises(ValueError, match=match):
+        _count(diffrax.ReversibleAdjoint(), _Backward(change), 10, 1.0, 1.0)

@@ -522,3 +522,32 @@ def test_no_max_steps(solver):
     adjoint = diffrax.RecursiveCheckpointAdjoint(checkpoints=4)
     unbounded = _gradient(solver, adjoint, max_steps=None)
     np.testing.assert_allclose(unbounded, _true_gradient(solver), rtol=1e-12)
+
+
+#
+# FixedPointReversible
+#
+
+
+def test_fixed_point_reversible_implicit_euler():
+    # With the tolerances of the step size controller.
+    def loss(args, solver):
+        sol = diffrax.diffeqsolve(
+            diffrax.ODETerm(lambda t, y, args: -args * y**3),
+            solver,
+            *(0.0, 1.0, 0.05, jnp.array([1.0, 0.5]), args),
+            stepsize_controller=diffrax.PIDController(rtol=1e-4, atol=1e-6),
+            adjoint=diffrax.ReversibleAdjoint(),
+            max_steps=256,
+        )
+        assert sol.ys is not None
+        return jnp.sum(sol.ys)
+
+    gradient, expected = (
+        jax.jit(jax.grad(lambda args, s=solver: loss(args, s)))(1.3)
+        for solver in (
+            diffrax.FixedPointReversible(diffrax.ImplicitEuler()),
+            diffrax.ImplicitEuler(),
+        )
+    )
+    np.testing.assert_allclose(gradient, expected, rtol=1e-12)

@@ -100,6 +100,12 @@ class FixedPointReversible(AbstractReversibleSolver, AbstractWrappedSolver):
 
     def __check_init__(self):
         name = type(self.solver).__name__
+        if isinstance(self.solver, type):
+            name = self.solver.__name__
+            raise ValueError(
+                f"Cannot use `FixedPointReversible({name})`: pass an instance of the "
+                f"method, `FixedPointReversible({name}())`."
+            )
         if isinstance(self.solver, AbstractReversibleSolver):
             raise ValueError(
                 f"Cannot use `FixedPointReversible({name}())`: `{name}` is reversible "
@@ -127,6 +133,11 @@ class FixedPointReversible(AbstractReversibleSolver, AbstractWrappedSolver):
     def scan_kind(self):
         # Of the wrapped solver, where `DirectAdjoint` and `ForwardMode` set it.
         return getattr(self.solver, "scan_kind", "lax")
+
+    @property
+    def root_finder(self):
+        # Of an implicit method, for `diffeqsolve` to set its tolerances.
+        return self.solver.root_finder  # pyright: ignore
 
     def order(self, terms: PyTree[AbstractTerm]) -> int | None:
         return self.solver.order(terms)

@@ -170,6 +170,12 @@ class UReversible(
 
     def __check_init__(self):
         name = type(self.solver).__name__
+        if isinstance(self.solver, type):
+            name = self.solver.__name__
+            raise ValueError(
+                f"Cannot use `UReversible({name})`: pass an instance of the method, "
+                f"`UReversible({name}())`."
+            )
         if isinstance(self.solver, AbstractWrappedSolver):
             raise ValueError(
                 f"Cannot use `UReversible({name}(...))`: it wraps explicit "

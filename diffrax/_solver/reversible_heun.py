@@ -32,9 +32,10 @@ class ReversibleHeun(_ReversibleHeun, AbstractReversibleSolver):
     Algebraically reversible: `backward_step` takes one evaluation of the vector field
     and is exact up to rounding, for any step sizes. The exception is a step that starts
     with a jump (`made_jump=True`). There the vector field was evaluated at $y_0$
-    itself, so that $y_0$ is found by a fixed-point iteration to rounding level, which
-    raises an error if it does not converge (if the step size times the Lipschitz
-    constant of the vector field exceeds about 2).
+    itself, so that $y_0$ is found by a fixed-point iteration to rounding level, and is
+    NaN if that does not converge (if the step size times the Lipschitz constant of the
+    vector field exceeds about 2). In that case [`diffrax.ReversibleAdjoint`][] makes
+    the step again.
 
     Only stable for the eigenvalues of the Jacobian on the imaginary axis (with $|h
     \lambda| \leq 1$), so not for stiff problems, nor over long times for problems with
@@ -111,19 +112,12 @@ class ReversibleHeun(_ReversibleHeun, AbstractReversibleSolver):
 
 
 def _fixed_point(fn: Callable[[Y], Y], y: Y) -> Y:
-    """Solves `fn(y) == y` to rounding level, starting at `y`."""
+    """Solves `fn(y) == y` to rounding level, starting at `y`. NaN if there is no doing
+    that."""
     if len(jtu.tree_leaves(y)) == 0:
         return y
     out, error = _iterate(y, close_function(fn, y))
-    # A solve that failed has told so itself.
-    finite = [jnp.all(jnp.isfinite(x)) for x in jtu.tree_leaves(y)]
-    return eqx.error_if(
-        out,
-        (error > 8) & jnp.all(jnp.stack(finite)),
-        "Could not undo the step of `ReversibleHeun` that follows a jump, as its step "
-        "size is too large. Consider reducing the step size, or using a different "
-        "solver, for example `diffrax.UReversible(diffrax.Heun())`.",
-    )
+    return jtu.tree_map(lambda x: jnp.where(error <= 8, x, jnp.nan), out)
 
 
 # With a rule of its own, so that it can be differentiated any number of times.
