@@ -1,6 +1,5 @@
 """What becomes of a gradient that cannot be trusted."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,12 +27,17 @@ def refuse_drift(grads: PyTree, worst: Worst, step: ReverseStep, y1: Y) -> PyTre
         at = step.record.read(worst.lost, step.num_steps).t0
         fraction = (at - closed.t0) / (closed.t1 - closed.t0)
         index = _Messages.choose(worst.missed * step.tolerance(), fraction)
-        messages = _Messages(closed.name, closed.checkpoints)
+        messages = _Messages(closed.name, closed.checkpoints, _is_float64(y1))
         return eqx.internal.branched_error_if(grads, has_drifted, index, messages)
     return jtu.tree_map(
         lambda g: jnp.where(has_drifted, jnp.nan, g) if eqx.is_inexact_array(g) else g,
         grads,
     )
+
+
+def _is_float64(y: Y) -> bool:
+    dtypes = [jnp.finfo(x.dtype).dtype for x in jtu.tree_leaves(filter_inexact(y))]
+    return all(dtype == jnp.float64 for dtype in dtypes)
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class _Messages(Sequence):
 
     name: str
     checkpoints: int
+    is_float64: bool
 
     @staticmethod
     def choose(missed: RealScalarLike, fraction: RealScalarLike) -> Int[Array, ""]:
@@ -59,15 +64,18 @@ class _Messages(Sequence):
 
     def __getitem__(self, index):
         size, percent = divmod(index, 101)
-        missed = math.inf if size == 400 else 10 ** (size / 10 - 20)
+        missed = "with NaN or infinity on the way"
+        if size < 400:
+            missed = f"by a relative error of {10 ** (size / 10 - 20):.0e}"
+        float64 = "" if self.is_float64 else "using float64, "
         return (
             f"Cannot compute the gradient using `adjoint={self.name}(checkpoints="
             f"{self.checkpoints})`: going back over the steps of the solver did not "
-            f"lead to where it had started from, by a relative error of {missed:.0e}, "
+            f"lead to where it had started from, {missed}, "
             f"{percent}% of the way from `t0` to `t1`: rounding errors have piled up, "
             "or a step could not be undone. Consider storing some states (`adjoint="
-            f"{self.name}()`), making fewer steps, using float64, a solver that is "
-            "stable for this problem or, for `UReversible`, a `coupling_parameter` "
+            f"{self.name}()`), making fewer steps, {float64}a solver that is stable "
+            "for this problem or, for `UReversible`, a `coupling_parameter` "
             "nearer to one; or "
             'using `adjoint=RecursiveCheckpointAdjoint()` instead. (`on_failure="nan"` '
             "makes only the gradients of those members of a batch NaN that are "

@@ -111,7 +111,7 @@ class StoredStates(eqx.Module):
         none."""
         return jnp.maximum(jnp.max(self.indices, initial=0), 0)
 
-    def read(self, index: IntScalarLike, start: PyTree[Array]) -> PyTree[Array]:
+    def read(self, index: IntScalarLike, start: PyTree) -> PyTree[Array]:
         """The state at `index`, which is that of the start of the solve if it is
         zero."""
         if len(self.indices) == 0:

@@ -417,3 +417,21 @@ def test_features_are_told_of():
     source = (root / "benchmarks" / "features.py").read_text()
     assert len(lines) == source.count("    Feature(") > 30
     assert all(name in source for name in stored)
+
+
+def test_levy_areas_are_told_of():
+    """The table of which Brownian motion each solver of SDEs needs."""
+    text = (docs / "api" / "sde_solvers.md").read_text()
+    rows = re.findall(r"^\| (`.*) \| `(\w+)` \|$", text, re.MULTILINE)
+    told = {}
+    for names, area in rows:
+        told |= dict.fromkeys(re.findall(r"`(\w+)`", names), area)
+    needed = {}
+    for name, value in vars(diffrax).items():
+        if name.startswith("Abstract") or not hasattr(value, "minimal_levy_area"):
+            continue
+        area = value.minimal_levy_area
+        if isinstance(area, property):  # It follows from the tableau.
+            area = value().minimal_levy_area
+        needed[name] = area.__name__.removeprefix("Abstract")
+    assert told == needed and len(told) == 9
