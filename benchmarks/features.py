@@ -526,7 +526,8 @@ def step_bytes(feature: Feature) -> float:
         token = MAX_STEPS.set(max_steps)
         lowered = jax.jit(derivative(feature, OURS)).lower(feature.params())
         MAX_STEPS.reset(token)
-        return lowered.compile().memory_analysis().temp_size_in_bytes
+        compiled: Any = lowered.compile()
+        return compiled.memory_analysis().temp_size_in_bytes
 
     few, many = 1024, 5120
     return (temp_bytes(many) - temp_bytes(few)) / (many - few)

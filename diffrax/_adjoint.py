@@ -15,6 +15,7 @@ from ._closed_solve import (
     flatten_subs,
     has_steps_without_gradient,
     set_y_and_solver_state,
+    without_derivative,
 )
 from ._constant_record import can_compute_times
 from ._custom_types import RealScalarLike
@@ -301,8 +302,9 @@ class ReversibleAdjoint(AbstractAdjoint):
             **kwargs,
         )
 
-    def _unbounded_loop(self, **kwargs):
+    def _unbounded_loop(self, *, solver, **kwargs):
         final_state, aux_stats = self._loop(
+            solver=without_derivative(solver),
             inner_while_loop=ft.partial(_inner_loop, kind="lax"),
             outer_while_loop=ft.partial(_outer_loop, kind="lax"),
             **kwargs,
@@ -316,6 +318,7 @@ class ReversibleAdjoint(AbstractAdjoint):
             "interpolations and a solver that records nothing of its own.) Put a bound "
             "on the maximum number of steps."
         )
+        final_state = reverse_mode_only(final_state, _no_forward_mode(name))
         final_state = eqxi.nondifferentiable_backward(final_state, msg=msg)
         return final_state, aux_stats
 

@@ -226,8 +226,9 @@ class _StepWithoutTimes(eqx.Module):
         return getattr(self.solver, name)
 
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
-        inputs = terms, t0, t1, y0, args, solver_state
-        return self.solver.step(*without_tangents(self.token, inputs), made_jump)
+        inputs: Any = terms, t0, t1, y0, args, solver_state
+        inputs = without_tangents(self.token, inputs)
+        return self.solver.step(*inputs, made_jump)
 
 
 def has_steps_without_gradient(controller: AbstractStepSizeController) -> bool:

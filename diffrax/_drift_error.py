@@ -28,7 +28,13 @@ def refuse_drift(grads: PyTree, worst: Worst, step: ReverseStep, y1: Y) -> PyTre
         fraction = (at - closed.t0) / (closed.t1 - closed.t0)
         index = _Messages.choose(worst.missed * step.tolerance(), fraction)
         messages = _Messages(closed.name, closed.checkpoints, _is_float64(y1))
-        return eqx.internal.branched_error_if(grads, has_drifted, index, messages)
+        zero = jnp.zeros((), jnp.result_type(float))
+        zero = eqx.internal.branched_error_if(zero, has_drifted, index, messages)
+        # Each of them depends on the check, without being passed through it, which
+        # would take a copy.
+        return jtu.tree_map(
+            lambda g: g + zero.astype(g.dtype) if eqx.is_inexact_array(g) else g, grads
+        )
     return jtu.tree_map(
         lambda g: jnp.where(has_drifted, jnp.nan, g) if eqx.is_inexact_array(g) else g,
         grads,

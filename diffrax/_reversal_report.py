@@ -117,17 +117,7 @@ def reversal_report(
     with the adjoint that it is passed; if it does so twice; or if it does with
     `max_steps=None`. At run time if it does so inside of `jax.vmap` or of a loop.
     """
-    if not isinstance(adjoint, ReversibleAdjoint):
-        raise ValueError(
-            "`adjoint` in `reversal_report(..., adjoint=...)` must be an instance of "
-            f"`ReversibleAdjoint`, but got {adjoint!r}."
-        )
-    leaves = jtu.tree_leaves(args)
-    if len(leaves) > 0 and not any(map(eqx.is_inexact_array, leaves)):
-        raise ValueError(
-            "There is nothing to differentiate in `reversal_report(loss, *args)`: pass "
-            "floating-point arrays, for example `jnp.array(1.0)`, as `args`."
-        )
+    _check(adjoint, args)
     kwargs: dict[str, Any] = dict(
         checkpoints=adjoint.checkpoints,
         certificate=adjoint.certificate,
@@ -153,6 +143,20 @@ def reversal_report(
     trace = jnp.zeros((max_steps, len(columns)))
     value, (rows, grads) = value_and_grad((trace, args))
     return _report(rows, tolerance, value, grads)
+
+
+def _check(adjoint: Any, args: tuple[PyTree, ...]) -> None:
+    if not isinstance(adjoint, ReversibleAdjoint):
+        raise ValueError(
+            "`adjoint` in `reversal_report(..., adjoint=...)` must be an instance of "
+            f"`ReversibleAdjoint`, but got {adjoint!r}."
+        )
+    leaves = jtu.tree_leaves(args)
+    if len(leaves) > 0 and not any(map(eqx.is_inexact_array, leaves)):
+        raise ValueError(
+            "There is nothing to differentiate in `reversal_report(loss, *args)`: pass "
+            "floating-point arrays, for example `jnp.array(1.0)`, as `args`."
+        )
 
 
 def _report(

@@ -139,11 +139,7 @@ class ReversePass(eqx.Module):
             missed = signals.worst(known)
             if closed.certificate == "off":
                 missed = jnp.zeros_like(missed)
-            position = lax.cond(
-                eqxi.unvmap_any(try_),
-                lambda: where(try_, val.position, new),
-                lambda: new,
-            )
+            position = where(try_, val.position, new)
             return Segment(
                 position=position,
                 missed=jnp.maximum(val.missed, missed),

@@ -154,6 +154,7 @@ class ReverseStep(eqx.Module):
         end, known_end = stop_gradient((filter_inexact(y1), filter_inexact(position.y)))
         missed = relative_distance(end, known_end, size, self.tolerance())
         zero = jnp.zeros_like(missed)
+        # Which of the two it is, depends on whether the start was known.
         signals = Signals(drift=missed, residual=missed, rounding=zero, cotangents=zero)
         error = position.error
         if error is not None:

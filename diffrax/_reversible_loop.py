@@ -148,7 +148,7 @@ def _batch_as(tree: PyTree, inputs: Inputs) -> PyTree:
         if x.size > 0:
             any_ = any_ | (x.ravel()[0] == jnp.zeros((), x.dtype))
     arrays, rest = eqx.partition(tree, eqx.is_array)
-    # Whatever `any_` is.
+    # Its value does not matter, but that it is batched.
     arrays = jtu.tree_map(lambda x: jnp.where(any_, x, x), arrays)
     return eqx.combine(arrays, rest)
 
@@ -265,7 +265,7 @@ def _reversible_loop_bwd(
         step, cursors, (y1, solver_state1), last_step, grad_final_state, grad_times
     )
     trace = None if inputs.trace is None else jnp.zeros_like(inputs.trace)
-    start, worst, rows = ReversePass(step).run(end, stored, StepTrace(trace))
+    start, worst, taken = ReversePass(step).run(end, stored, StepTrace(trace))
     args, terms, local = start.grads
     grads = Inputs(
         y=start.grad_y,
@@ -279,7 +279,9 @@ def _reversible_loop_bwd(
         trace=None,
     )
     grads = _no_second_reverse(refuse_drift(grads, worst, step, y1), closed.name)
-    return eqx.tree_at(lambda g: g.trace, grads, rows.rows, is_leaf=lambda x: x is None)
+    return eqx.tree_at(
+        lambda g: g.trace, grads, taken.rows, is_leaf=lambda x: x is None
+    )
 
 
 def _materialise(grad: PyTree, like: PyTree) -> PyTree[Array]:

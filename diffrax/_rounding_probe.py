@@ -23,6 +23,20 @@ def _pattern(x: Array) -> Array:
     return jnp.cos(1.0 + 2.4 * index).reshape(x.shape)
 
 
+def _times_pattern(x: Array) -> Array:
+    """`jnp.sum(_pattern(x) * x)`, without the pattern, which is as large as `x`."""
+    if x.size == 0:
+        return jnp.zeros((), x.dtype)
+    dtype = jnp.finfo(x.dtype).dtype
+    matrix = x.reshape(-1, x.shape[-1] if x.ndim > 1 else 1)
+    num_rows, num_columns = matrix.shape
+    rows = 1.0 + 2.4 * num_columns * jnp.arange(num_rows, dtype=dtype)
+    columns = 2.4 * jnp.arange(num_columns, dtype=dtype)
+    # The cosine of a sum.
+    cos = jnp.cos(rows) @ (matrix @ jnp.cos(columns))
+    return cos - jnp.sin(rows) @ (matrix @ jnp.sin(columns))
+
+
 def rounding(tree: PyTree[Array]) -> PyTree[Array]:
     """An error such as rounding makes, for each leaf relative to its largest value, and
     in no special direction."""
@@ -37,7 +51,7 @@ def rounding(tree: PyTree[Array]) -> PyTree[Array]:
 def sketch(tree: PyTree[Array]) -> tuple[PyTree[Array], PyTree[Array]]:
     """For each leaf, its product with a fixed pattern, by which two of them can be told
     apart; and its norm. Both are scalars."""
-    products = jtu.tree_map(lambda x: jnp.sum(_pattern(x).astype(x.dtype) * x), tree)
+    products = jtu.tree_map(_times_pattern, tree)
     norms = jtu.tree_map(lambda x: jnp.sqrt(jnp.sum(jnp.abs(x) ** 2)), tree)
     return products, norms
 

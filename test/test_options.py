@@ -110,7 +110,9 @@ def test_output_and_times(kwargs):
     _agree(loss, _params)
 
 
-@pytest.mark.parametrize("is_stopped", (False, True))
+@pytest.mark.parametrize(
+    "is_stopped", (pytest.param(False, marks=pytest.mark.slow), True)
+)
 def test_step_to(is_stopped):
     # If stopped, then the solve ends at one of the times in the middle.
     event = diffrax.Event(lambda t, y, args, **kwargs: is_stopped & (y[0] < 0.6))
@@ -165,7 +167,13 @@ def test_progress_meter_and_times(capfd):
     assert "100.00%" in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("kwargs", (dict(), dict(stepsize_controller=_adaptive)))
+@pytest.mark.parametrize(
+    "kwargs",
+    (
+        dict(),
+        pytest.param(dict(stepsize_controller=_adaptive), marks=pytest.mark.slow),
+    ),
+)
 def test_times_and_a_custom_rule(kwargs):
     # Which cannot be differentiated in forward mode.
     sin = jax.custom_vjp(jnp.sin)
@@ -342,6 +350,7 @@ def test_events(conditions, root_finder):
     _agree(loss, _params | dict(t1=jnp.array(3.0)))
 
 
+@pytest.mark.slow
 def test_event_closes_over_a_parameter():
     def loss(params, adjoint):
         condition = lambda t, y, args, **kwargs: y[0] - params["closed"]
@@ -388,7 +397,10 @@ def test_third_derivative(kwargs):
     np.testing.assert_allclose(third(_reversible), expected, rtol=1e-11)
 
 
-@pytest.mark.parametrize("outer, inner", (("args", "y0"), ("y0", "closed")))
+@pytest.mark.parametrize(
+    "outer, inner",
+    (pytest.param("args", "y0", marks=pytest.mark.slow), ("y0", "closed")),
+)
 def test_mixed_second_derivative(outer, inner):
     # Along something that the inner gradient knows nothing of.
     def mixed(adjoint):
@@ -405,6 +417,7 @@ def test_mixed_second_derivative(outer, inner):
     np.testing.assert_allclose(mixed(_reversible), expected, rtol=1e-11)
 
 
+@pytest.mark.slow
 def test_hessian_with_large_steps():
     # The derivative of undoing a step that takes many corrections.
     params = {k: _params[k] for k in ("y0", "args")}
