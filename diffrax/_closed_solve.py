@@ -226,9 +226,10 @@ class _StepWithoutTimes(eqx.Module):
         return getattr(self.solver, name)
 
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
-        inputs: Any = terms, t0, t1, y0, args, solver_state
-        inputs = without_tangents(self.token, inputs)
-        return self.solver.step(*inputs, made_jump)
+        terms, t0, t1, y0, args, solver_state = without_tangents(
+            self.token, (terms, t0, t1, y0, args, solver_state)
+        )
+        return self.solver.step(terms, t0, t1, y0, args, solver_state, made_jump)
 
 
 def has_steps_without_gradient(controller: AbstractStepSizeController) -> bool:
