@@ -33,8 +33,11 @@ def _times_pattern(x: Array) -> Array:
     rows = 1.0 + 2.4 * num_columns * jnp.arange(num_rows, dtype=dtype)
     columns = 2.4 * jnp.arange(num_columns, dtype=dtype)
     # The cosine of a sum.
-    cos = jnp.cos(rows) @ (matrix @ jnp.cos(columns))
-    return cos - jnp.sin(rows) @ (matrix @ jnp.sin(columns))
+    cos, sin = (
+        fn(rows).astype(x.dtype) @ (matrix @ fn(columns).astype(x.dtype))
+        for fn in (jnp.cos, jnp.sin)
+    )
+    return cos - sin
 
 
 def rounding(tree: PyTree[Array]) -> PyTree[Array]:

@@ -271,11 +271,13 @@ def test_report_of_a_batch():
 
 
 @pytest.mark.parametrize("shape", ((), (0,), (7,), (3, 4), (2, 3, 4)))
-def test_sketch(shape):
+@pytest.mark.parametrize("dtype", (float, complex))
+def test_sketch(shape, dtype):
     # The product with the pattern, without making the pattern.
-    x = jr.normal(jr.key(0), shape)
+    x = jr.normal(jr.key(0), shape, dtype)
     products, norms = sketch(x)
-    np.testing.assert_allclose(products, jnp.sum(_pattern(x) * x), rtol=1e-13)
+    expected = jnp.sum(_pattern(x).astype(dtype) * x)
+    np.testing.assert_allclose(products, expected, rtol=1e-12)
     np.testing.assert_allclose(norms, jnp.linalg.norm(x.ravel()), rtol=1e-13)
 
 
