@@ -195,6 +195,23 @@ def _ts(params, adjoint):
     return jnp.sum(solve(params, adjoint, saveat=saveat).ys ** 2)
 
 
+def _custom_rule_in_field(params, adjoint):
+    # Has no derivative in forward mode.
+    sin = jax.custom_vjp(jnp.sin)
+    sin.defvjp(lambda x: (jnp.sin(x), x), lambda x, g: (g * jnp.cos(x),))
+    field = lambda t, y, args: jnp.stack([y[1], -args[0] * sin(y[0])])
+    times = {name: params[name] for name in ("t0", "t1")}
+    return saved(terms=diffrax.ODETerm(field), **times)(params, adjoint)
+
+
+def _nested(params, adjoint):
+    def field(t, y, args):
+        inner = solve({"y0": y, "a": args}, adjoint, t1=0.2, max_steps=8)
+        return -args[0] * inner.ys[-1]
+
+    return saved(terms=diffrax.ODETerm(field), solver=diffrax.Heun())(params, adjoint)
+
+
 def _control(params, adjoint):
     control = diffrax.LinearInterpolation(jnp.linspace(0.0, 1.0, 5), params["xs"])
     term = diffrax.ControlTerm(lambda t, y, args: jnp.outer(y, args), control)
@@ -335,6 +352,11 @@ def _shard_map(params, adjoint):
     return fn(y0, params["a"])
 
 
+def _pmap(params, adjoint):
+    one = lambda y0, a: saved()({"y0": y0, "a": a}, adjoint)
+    return jnp.sum(jax.pmap(one, in_axes=(0, None))(params["y0"][None], params["a"]))
+
+
 def _custom_rule(params, adjoint):
     def loss(params):
         return 2 * saved()(params, adjoint)
@@ -471,6 +493,14 @@ FEATURES = [
         _control,
         params=lambda: PARAMS | {"xs": jnp.sin(jnp.arange(10.0)).reshape(5, 2)},
     ),
+    Feature("Equations", "a solve inside the vector field", _nested),
+    Feature(
+        "Equations",
+        "vector field with a `jax.custom_vjp`, with respect to `t0`, `t1`",
+        _custom_rule_in_field,
+        params=_t0_params,
+        step_bytes=48,
+    ),
     Feature("Equations", "SDE, diagonal noise", _sde(diagonal_noise)),
     Feature("Equations", "SDE, general noise", _sde(general_noise)),
     Feature(
@@ -502,6 +532,12 @@ FEATURES = [
     Feature("Transformations", "inside `jax.lax.scan`", _scan),
     Feature("Transformations", "inside `jax.custom_vjp`", _custom_rule),
     Feature("Transformations", "`jax.shard_map`", _shard_map),
+    Feature("Transformations", "`jax.pmap`", _pmap),
+    Feature(
+        "Transformations",
+        "with a `TqdmProgressMeter`",
+        saved(progress_meter=diffrax.TqdmProgressMeter()),
+    ),
 ]
 
 
