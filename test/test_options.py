@@ -110,9 +110,8 @@ def test_output_and_times(kwargs):
     _agree(loss, _params)
 
 
-@pytest.mark.parametrize(
-    "is_stopped", (pytest.param(False, marks=pytest.mark.slow), True)
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("is_stopped", (False, True))
 def test_step_to(is_stopped):
     # If stopped, then the solve ends at one of the times in the middle.
     event = diffrax.Event(lambda t, y, args, **kwargs: is_stopped & (y[0] < 0.6))

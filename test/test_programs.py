@@ -606,12 +606,11 @@ def _goes_from_start_to_end(percentages: list[float]) -> bool:
     )
 
 
-@pytest.mark.parametrize("checkpoints", (0, 1))
 @pytest.mark.parametrize(
-    "meter",
+    "meter, checkpoints",
     (
-        diffrax.TqdmProgressMeter(refresh_steps=20),
-        diffrax.TextProgressMeter(minimum_increase=0.3),
+        (diffrax.TqdmProgressMeter(refresh_steps=20), 1),
+        (diffrax.TextProgressMeter(minimum_increase=0.3), 0),
     ),
     ids=("tqdm", "text"),
 )
