@@ -29,6 +29,7 @@ def _promotion():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Complex dtype support in Diffrax")
 @pytest.mark.parametrize(
     "feature", features.FEATURES, ids=lambda f: f"{f.group}: {f.name}"
 )
