@@ -220,9 +220,8 @@ def _needs_no_bound(params, adjoint, **kwargs):
     return _weigh(sol.ys)
 
 
-@pytest.mark.parametrize(
-    "made_jump", (None, pytest.param(True, marks=pytest.mark.slow))
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("made_jump", (None, True))
 def test_constant_steps_without_a_bound(made_jump):
     _agree(lambda *a: _needs_no_bound(*a, made_jump=made_jump), _params)
 
@@ -328,15 +327,14 @@ def _event_cases():
         ("never", _never),
     ):
         for root_finder in (None, _newton):
-            is_quick = (name, root_finder) == ("continuous", _newton)
             yield pytest.param(
                 conditions,
                 root_finder,
                 id=name if root_finder is None else f"{name}, root finder",
-                marks=() if is_quick else pytest.mark.slow,
             )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("conditions, root_finder", list(_event_cases()))
 def test_events(conditions, root_finder):
     def loss(params, adjoint):
@@ -369,6 +367,7 @@ def _second(fn):
     return lambda p: jax.jvp(jax.grad(fn), (p,), (jtu.tree_map(jnp.cos, p),))[1]
 
 
+@pytest.mark.slow
 @_each_way
 def test_hessian_vector_product(kwargs):
     def loss(params, adjoint):
