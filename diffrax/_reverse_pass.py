@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Int, PyTree, Real
 
 from ._closed_solve import as_arrays
 from ._custom_types import BoolScalarLike, IntScalarLike, RealScalarLike
-from ._invert_step import relative_distance
+from ._invert_step import relative_distance, Search
 from ._reverse_output import stop_gradient
 from ._reverse_step import known_size, Position, ReverseStep, where
 from ._rounding_probe import sketch
@@ -31,6 +31,8 @@ class Segment(eqx.Module):
     """How far going back over a segment has come.
 
     - `position`: where it is.
+    - `search`: looking for the start of the step that ends there. `None` if that is not
+        how steps are undone.
     - `missed`: the certificate: how far this may be off, as a fraction of what is
         tolerated.
     - `lost`: the number of the step at which that first was too much for a gradient.
@@ -42,6 +44,7 @@ class Segment(eqx.Module):
     """
 
     position: Position
+    search: Search | None
     missed: Real[Array, ""]
     lost: Int[Array, ""]
     corrections: Int[Array, ""]
@@ -115,9 +118,8 @@ class ReversePass(eqx.Module):
             is_last = index <= target
             try_ = is_last & is_long & ~val.tried
             known = is_last & ~try_
-            new, signals, step, corrections = self.step(
-                val.position, known, state, size
-            )
+            round_ = self.step(val.position, val.search, known, state, size)
+            new, done, signals = round_.position, round_.done, round_.signals
             sketch_, norms = lax.cond(
                 eqxi.unvmap_any(try_ | val.tried),
                 lambda: sketch(stop_gradient(_cotangents(new))),
@@ -133,19 +135,24 @@ class ReversePass(eqx.Module):
             signals = jtu.tree_map(
                 lambda x: jnp.where(jnp.isnan(x), jnp.inf, x), signals
             )
+            corrections, search = jnp.array(0), None
+            if round_.search is not None:
+                corrections = jnp.where(done, round_.search.num_corrections, 0)
+                search = round_.search.next()
             trace = val.trace.undone(
-                index, step, signals, known, val.tried, corrections
+                index, round_.step, signals, known, val.tried, corrections, done
             )
             missed = signals.worst(known)
             if closed.certificate == "off":
                 missed = jnp.zeros_like(missed)
-            position = where(try_, val.position, new)
+            position = where(done & jnp.invert(try_), new, val.position)
             return Segment(
                 position=position,
-                missed=jnp.maximum(val.missed, missed),
+                search=search,
+                missed=jnp.where(done, jnp.maximum(val.missed, missed), val.missed),
                 lost=jnp.where(val.missed > self.step.too_much(), val.lost, index),
                 corrections=val.corrections + corrections,
-                tried=val.tried | try_,
+                tried=val.tried | (try_ & done),
                 sketch=where(try_, sketch_, val.sketch),
                 trace=trace,
                 meter=self._show_progress(position.index, val.meter),
@@ -163,10 +170,14 @@ class ReversePass(eqx.Module):
     def _start(self, position: Position, trace: StepTrace, meter: PyTree) -> Segment:
         # Here the state is known.
         error = self.step.start_error(position.y, position.hint)
+        search = None
+        if self.step.closed.reversal.iterates:
+            search = stop_gradient(Search.start(position.y))
         return Segment(
             position=eqx.tree_at(
                 lambda p: p.error, position, error, is_leaf=lambda x: x is None
             ),
+            search=search,
             missed=jnp.zeros((), jnp.result_type(float)),
             lost=position.index,
             corrections=jnp.array(0),

@@ -12,12 +12,12 @@ import jax.extend as jex
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, Bool, Int, PyTree, Real
 
 from ._closed_solve import ClosedSolve
 from ._constant_record import ConstantRecord
 from ._custom_types import BoolScalarLike, DenseInfo, IntScalarLike, Y
-from ._invert_step import invert_step, relative_distance
+from ._invert_step import relative_distance, root, Search
 from ._reverse_output import (
     add,
     Cursor,
@@ -62,6 +62,23 @@ class Position(eqx.Module):
     error: PyTree[Array]
 
 
+class Round(eqx.Module):
+    """What came of going back over one step, or of one round of looking for its start.
+
+    - `position`: the new position, if `done`.
+    - `search`: for the next round. `None` if that is not how steps are undone.
+    - `done`: whether the step has been undone.
+    - `signals`: how far this may be off, without what is told by cotangents.
+    - `step`: the step.
+    """
+
+    position: Position
+    search: Search | None
+    done: Bool[Array, ""]
+    signals: Signals
+    step: Step
+
+
 class ReverseStep(eqx.Module):
     """All that is constant while going backward.
 
@@ -101,15 +118,15 @@ class ReverseStep(eqx.Module):
     def __call__(
         self,
         position: Position,
+        search: Search | None,
         known: BoolScalarLike,
         state0: PyTree,
         size: PyTree[Array],
-    ) -> tuple[Position, Signals, Step, Int[Array, ""]]:
+    ) -> "Round":
         """Goes back over one step: from `state0`, if `known`, or else by undoing it.
         `size` is how large each entry of `y` is.
 
-        Returns the new position; how far this may be off, without what is told by
-        cotangents; the step; and the number of corrections that were made."""
+        If undoing a step takes iteration then this is one round of `search`."""
         closed = self.closed
         index = position.index - 1
         step = self.record.read(index, self.num_steps)
@@ -117,30 +134,16 @@ class ReverseStep(eqx.Module):
         step, pull_back_controls = self._know_controls(step)
         has_output = self._has_output(position, step)
         position = self._before_jump(position, step)
-        linearise = ft.partial(
-            self._linearise, step, has_output, pull_back_controls is not None
-        )
+        done = jnp.array(True)
         undone = state0
-        corrections = jnp.array(0)
-
         if not closed.reversal.can_step_back:
-            y0, _ = state0
-            y1, aux = linearise(*state0)
+            y0, solver_state0 = state0
         elif closed.reversal.iterates:
-            forgotten = closed.reversal.forget_state(self.solver_state0)
-            solver_state0 = where(index == 0, self.solver_state0, forgotten)
-            known_y0, _ = state0
-            inverted = invert_step(
-                lambda y: _keep_y(linearise(y, solver_state0)),
-                lambda y, is_y1: self._guess(step, y, position.hint, is_y1),
-                position.y,
-                known,
-                known_y0,
-                closed.max_corrections,
+            assert search is not None
+            search, y0, solver_state0 = self._look(
+                search, position, step, known, state0
             )
-            y0, corrections = inverted.y0, inverted.num_corrections
-            y1, aux = inverted.aux
-            undone = inverted.guess, None
+            undone = search.target, None
         else:
             undone = lax.cond(
                 eqxi.unvmap_all(known),
@@ -148,31 +151,91 @@ class ReverseStep(eqx.Module):
                 lambda: self._step_back(step, position.y, position.hint),
             )
             y0, solver_state0 = where(known, state0, undone)
-            y1, aux = linearise(y0, solver_state0)
-
+        y1, aux = self._linearise(
+            step, has_output, pull_back_controls is not None, y0, solver_state0
+        )
         # No part of the certificate is differentiated.
         end, known_end = stop_gradient((filter_inexact(y1), filter_inexact(position.y)))
+        if search is not None:
+            search = search.judge(end, known_end, known, closed.max_corrections)
+            done = search.done
         missed = relative_distance(end, known_end, size, self.tolerance())
-        zero = jnp.zeros_like(missed)
-        # Which of the two it is, depends on whether the start was known.
-        signals = Signals(drift=missed, residual=missed, rounding=zero, cotangents=zero)
-        error = position.error
-        if error is not None:
-            frozen: Any = stop_gradient((self, position, step, y0, undone))
-            error = lax.cond(
-                eqxi.unvmap_all(known),
-                lambda: error,
-                lambda: frozen[0]._advance_error(*frozen[1:]),
-            )
-            grown = relative_distance(
-                error[0], zeros_like(error[0]), size, self.tolerance()
-            )
-            signals = eqx.tree_at(lambda s: s.rounding, signals, grown)
+
+        error, rounding = self._carry_error(
+            position, step, known | jnp.invert(done), y0, undone, size
+        )
+        # Also if it is not done, so that there is no branch between the linearisation
+        # and this: it would hold all values in memory that it could recompute instead.
         position = self._pull_back(position, step, y0, aux, pull_back_controls)
         position = eqx.tree_at(
             lambda p: p.error, position, error, is_leaf=lambda x: x is None
         )
-        return position, signals, step, corrections
+        # Which of the two it is, depends on whether the start was known.
+        signals = Signals(
+            drift=missed,
+            residual=missed,
+            rounding=rounding,
+            cotangents=jnp.zeros_like(missed),
+        )
+        return Round(position, search, done, signals, step)
+
+    def _look(
+        self,
+        search: Search,
+        position: Position,
+        step: Step,
+        known: BoolScalarLike,
+        state0: PyTree,
+    ) -> tuple[Search, Y, PyTree]:
+        """Where to start from next."""
+        is_first = position.index == 1
+        forgotten = self.closed.reversal.forget_state(self.solver_state0)
+        solver_state0 = where(is_first, self.solver_state0, forgotten)
+        start, _ = state0
+        frozen: Any = stop_gradient((self, position, step, start))
+        fixed, fixed_position, fixed_step, fixed_start = frozen
+        search = search.look(
+            jtu.Partial(_end, fixed.params, fixed_step, solver_state0),
+            lambda y, is_y1: fixed._guess(fixed_step, y, fixed_position.hint, is_y1),
+            fixed_position.y,
+            jnp.asarray(known),
+            fixed_start,
+            self.closed.max_corrections,
+        )
+        y0 = root(
+            search.y0,
+            position.y,
+            jnp.asarray(known),
+            start,
+            jtu.Partial(_end, self.params, step, solver_state0),
+            jtu.Partial(
+                _back, self.params, self.closed.step_back, step, position.hint
+            ),
+        )
+        return search, y0, solver_state0
+
+    def _carry_error(
+        self,
+        position: Position,
+        step: Step,
+        keep: BoolScalarLike,
+        y0: Y,
+        undone: PyTree,
+        size: PyTree[Array],
+    ) -> tuple[PyTree[Array], Real[Array, ""]]:
+        """`position.error` at the start of a step, unless that is to be kept; and how
+        large it is."""
+        error = position.error
+        if error is None:
+            return error, jnp.zeros((), jnp.result_type(float))
+        frozen: Any = stop_gradient((self, position, step, y0, undone))
+        error = lax.cond(
+            eqxi.unvmap_all(keep),
+            lambda: error,
+            lambda: frozen[0]._advance_error(*frozen[1:]),
+        )
+        of_y, _ = error
+        return error, relative_distance(of_y, zeros_like(of_y), size, self.tolerance())
 
     def _know_controls(self, step: Step) -> tuple[Step, Callable | None]:
         """The step with its controls; and what pulls back their cotangents onto the
@@ -473,8 +536,24 @@ def _add_some(grads: PyTree[Array], some: PyTree[Array]) -> PyTree[Array]:
     return [add(args, of_args), terms, add(local, of_local)]
 
 
-def _keep_y(out: tuple[Y, PyTree]) -> tuple[Y, PyTree]:
-    return out[0], out
+def _end(params: PyTree, step: Step, solver_state0: PyTree, y0: Y) -> Y:
+    """Where a step from `y0` ends."""
+    args, terms, local = params
+    no_output = jnp.array(False)
+    y1, *_ = local.step(terms, step, y0, args, solver_state0, no_output)
+    return y1
+
+
+def _back(
+    params: PyTree, step_back: Callable, step: Step, hint: PyTree, y1: Y
+) -> Y:
+    """Where a step back from `y1` leads to. `hint` is for another `y1`, if there is
+    one."""
+    args, terms, local = params
+    if hint is not None:
+        hint = local.vf(terms, step.t1, y1, args)
+    y0, _ = step_back(terms, step, y1, args, hint)
+    return y0
 
 
 def _depends(fn: Callable[[PyTree], PyTree], x: PyTree) -> bool:

@@ -345,8 +345,8 @@ def _invert(key, step_size, scale):
         return jtu.tree_map(lambda x, f: x + h * f, y, field(y))
 
     y1 = euler(y0, step_size)
-    step = lambda y: (euler(y, step_size), ())
-    step_back = lambda y, is_y1: euler(y, -step_size)
+    step = lambda y: euler(y, step_size)
+    step_back = lambda y: euler(y, -step_size)
     return y0, y1, invert_step(step, step_back, y1)
 
 
