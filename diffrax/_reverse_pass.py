@@ -15,14 +15,14 @@ import equinox.internal as eqxi
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Bool, Int, PyTree, Real
+from jaxtyping import Array, Bool, Int, PyTree, Real, Shaped
 
 from ._closed_solve import as_arrays
 from ._custom_types import BoolScalarLike, IntScalarLike, RealScalarLike
 from ._invert_step import relative_distance, Search
 from ._reverse_output import stop_gradient
 from ._reverse_step import known_size, Position, ReverseStep, where
-from ._rounding_probe import sketch
+from ._rounding_probe import sketch, sketch_dtype
 from ._step_trace import StepTrace
 from ._stored_states import StoredStates
 
@@ -49,7 +49,7 @@ class Segment(eqx.Module):
     lost: Int[Array, ""]
     corrections: Int[Array, ""]
     tried: Bool[Array, ""]
-    sketch: PyTree[Array]
+    sketch: Shaped[Array, " leaves"]
     trace: StepTrace
     meter: PyTree
 
@@ -123,7 +123,7 @@ class ReversePass(eqx.Module):
             sketch_, norms = lax.cond(
                 eqxi.unvmap_any(try_ | val.tried),
                 lambda: sketch(stop_gradient(_cotangents(new))),
-                lambda: (val.sketch, jtu.tree_map(jnp.abs, val.sketch)),
+                lambda: (val.sketch, jnp.abs(val.sketch)),
             )
             differs = relative_distance(
                 sketch_, val.sketch, norms, self.step.tolerance()
@@ -153,7 +153,7 @@ class ReversePass(eqx.Module):
                 lost=jnp.where(val.missed > self.step.too_much(), val.lost, index),
                 corrections=val.corrections + corrections,
                 tried=val.tried | (try_ & done),
-                sketch=where(try_, sketch_, val.sketch),
+                sketch=jnp.where(try_, sketch_, val.sketch),
                 trace=trace,
                 meter=self._show_progress(position.index, val.meter),
             )
@@ -168,8 +168,9 @@ class ReversePass(eqx.Module):
         )
 
     def _start(self, position: Position, trace: StepTrace, meter: PyTree) -> Segment:
+        cotangents = _cotangents(position)
         # Here the state is known.
-        error = self.step.start_error(position.y, position.hint)
+        error = self.step.start_error(position.index, position.y, position.hint)
         search = None
         if self.step.closed.reversal.iterates:
             search = stop_gradient(Search.start(position.y))
@@ -182,8 +183,8 @@ class ReversePass(eqx.Module):
             lost=position.index,
             corrections=jnp.array(0),
             tried=jnp.array(False),
-            sketch=jtu.tree_map(
-                lambda x: jnp.zeros((), x.dtype), _cotangents(position)
+            sketch=jnp.zeros(
+                len(jtu.tree_leaves(cotangents)), sketch_dtype(cotangents)
             ),
             trace=trace,
             meter=meter,

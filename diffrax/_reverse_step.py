@@ -27,7 +27,7 @@ from ._reverse_output import (
     stop_gradient,
     zeros_like,
 )
-from ._rounding_probe import advance, derivative, rounding
+from ._rounding_probe import advance, derivative, rounding, share_of
 from ._step_record import Step, StepRecord
 from ._step_times import TimeCotangents, TimeGradient
 from ._step_trace import Signals
@@ -285,13 +285,16 @@ class ReverseStep(eqx.Module):
         assert self.closed.step_back is not None
         return self.closed.step_back(terms, step, y1, args, hint)
 
-    def start_error(self, y: Y, hint: PyTree) -> PyTree[Array]:
-        """What to set `Position.error` to, where the state is known."""
+    def start_error(
+        self, index: IntScalarLike, y: Y, hint: PyTree, share: PyTree = None
+    ) -> PyTree[Array]:
+        """What to set `Position.error` to, where the state is known. Otherwise, what to
+        add to it, if `share` is that of what was added to the state."""
         closed = self.closed
         if closed.certificate != "full" or not closed.reversal.can_step_back:
             return None
         tree = filter_inexact((y, hint if closed.reversal.has_state else None))
-        return rounding(stop_gradient(tree))
+        return rounding(stop_gradient(tree), index, share)
 
     def _advance_error(
         self, position: Position, step: Step, y0: Y, undone: PyTree
@@ -311,6 +314,8 @@ class ReverseStep(eqx.Module):
                 return filter_inexact(self._step_back(step, y, _hint))
 
             error = derivative(_undo, diff, filter_inexact(undone), position.error)
+            change = jtu.tree_map(jnp.subtract, error, position.error)
+            share = share_of(change, position.error)
         else:
 
             def _increment(y):
@@ -319,8 +324,9 @@ class ReverseStep(eqx.Module):
 
             value = closed.increment(terms, step, args, position.hint)
             error, _ = position.error
-            error = advance(_increment, position.y, value, error), None
-        return add(error, self.start_error(y0, undone[1]))
+            error, share = advance(_increment, position.y, value, error)
+            error, share = (error, None), (share, None)
+        return add(error, self.start_error(position.index, y0, undone[1], share))
 
     def _guess(self, step: Step, y: Y, hint: PyTree, is_y1: BoolScalarLike) -> Y:
         args, terms, _ = self.params

@@ -8,12 +8,15 @@ reconstruction: an estimate of how far it may be off.
 
 import functools as ft
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from equinox.internal import ω
 from jaxtyping import Array, PyTree, Real
 
+from ._custom_types import IntScalarLike
 from ._invert_step import max_abs
 
 
@@ -40,23 +43,68 @@ def _times_pattern(x: Array) -> Array:
     return cos - sin
 
 
-def rounding(tree: PyTree[Array]) -> PyTree[Array]:
-    """An error such as rounding makes, for each leaf relative to its largest value, and
-    in no special direction."""
+def _noise(x: Array, step: IntScalarLike) -> Array:
+    """Numbers between -1 and 1, as good as random, and others for each `step`: a hash of
+    their indices."""
+    seed = jnp.asarray(step).astype(jnp.uint32) * np.uint32(0x85EBCA77)
+    bits = jnp.arange(x.size, dtype=jnp.uint32) * np.uint32(0x9E3779B1) + seed
+    for shift, factor in ((15, 0x2C1B3C6D), (12, 0x297A2D39)):
+        bits = (bits ^ (bits >> np.uint32(shift))) * np.uint32(factor)
+    bits = bits ^ (bits >> np.uint32(15))
+    unit = (bits >> np.uint32(1)).astype(jnp.int32).astype(jnp.finfo(x.dtype).dtype)
+    return (unit * 2.0**-30 - 1).reshape(x.shape)
 
-    def _rounding(x, max_x):
+
+def rounding(
+    tree: PyTree[Array], step: IntScalarLike, share: PyTree[Array] | None = None
+) -> PyTree[Array]:
+    """An error such as rounding makes, and in no special direction.
+
+    That of an addition is relative to each entry. What is added has been computed from
+    all entries, each of which is rounded: so it is off by a `share` of the rounding
+    error of the largest entry of the leaf; none if `None`.
+
+    It is another one at each step, as that of rounding is. So where errors are neither
+    expanded nor contracted, those of `n` steps add up to `sqrt(n)` of one."""
+
+    def _rounding(x, max_x, share_x):
         eps = float(jnp.finfo(x.dtype).eps)
-        return (eps * max_x * _pattern(x)).astype(x.dtype)
+        size = jnp.abs(x) + jnp.asarray(share_x, max_x.dtype) * max_x
+        return (eps * size * _noise(x, step)).astype(x.dtype)
 
-    return jtu.tree_map(_rounding, tree, max_abs(tree))
+    if share is None:
+        share = jtu.tree_map(lambda _: 0.0, tree)
+    return jtu.tree_map(_rounding, tree, max_abs(tree), share)
 
 
-def sketch(tree: PyTree[Array]) -> tuple[PyTree[Array], PyTree[Array]]:
+def share_of(change: PyTree[Array], error: PyTree[Array]) -> PyTree[Array]:
+    """How much of the largest entry of an error a step adds to any entry; not more than
+    all of it. One number for each leaf."""
+
+    def _share(max_change, max_error):
+        ratio = max_change / jnp.where(max_error > 0, max_error, 1)
+        return jnp.where(max_error > 0, jnp.minimum(ratio, 1), 1)
+
+    return jtu.tree_map(_share, max_abs(change), max_abs(error))
+
+
+def sketch(tree: PyTree[Array]) -> tuple[Array, Array]:
     """For each leaf, its product with a fixed pattern, by which two of them can be told
-    apart; and its norm. Both are scalars."""
-    products = jtu.tree_map(_times_pattern, tree)
-    norms = jtu.tree_map(lambda x: jnp.sqrt(jnp.sum(jnp.abs(x) ** 2)), tree)
-    return products, norms
+    apart; and its norm."""
+    leaves = jtu.tree_leaves(tree)
+    dtype = sketch_dtype(tree)
+    products = [_times_pattern(x).astype(dtype) for x in leaves]
+    squares = [jnp.sum(jnp.real(x * jnp.conj(x))) for x in leaves]
+    real = jnp.finfo(dtype).dtype
+    squares = [x.astype(real) for x in squares]
+    stack = lambda xs, dtype: jnp.stack(xs) if len(xs) > 0 else jnp.zeros(0, dtype)
+    return stack(products, dtype), jnp.sqrt(stack(squares, real))
+
+
+def sketch_dtype(tree: PyTree[Array]) -> Any:
+    """That of the products."""
+    dtypes = [x.dtype for x in jtu.tree_leaves(tree)]
+    return ft.reduce(jnp.promote_types, dtypes, jnp.dtype(jnp.float32))
 
 
 def derivative(
@@ -96,10 +144,11 @@ def advance(
     y1: PyTree[Array],
     value: PyTree[Array],
     error: PyTree[Array],
-) -> PyTree[Array]:
+) -> tuple[PyTree[Array], PyTree[Array]]:
     """Carries an error over a step back of a method of at least second order, for two
     evaluations. `increment` is the product of the vector field, as a function of `y1`,
-    and the control; `value` is what it is at `y1`."""
+    and the control; `value` is what it is at `y1`. Returns the error, and its
+    `share_of`."""
     first = derivative(increment, y1, value, error)
     second = derivative(increment, y1, value, first)
-    return (error**ω - first**ω + 0.5 * second**ω).ω
+    return (error**ω - first**ω + 0.5 * second**ω).ω, share_of(first, error)

@@ -5,6 +5,7 @@ from typing import Any
 
 import equinox as eqx
 import equinox.internal as eqxi
+import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Int, PyTree, Shaped
@@ -68,12 +69,12 @@ class StoredStates(eqx.Module):
             return self
 
         def free(stride):
-            return (self.indices < 0) | (self.indices % stride != 0)
+            return (self.indices < 0) | (lax.rem(self.indices, stride) != 0)
 
-        is_full = ~jnp.any(free(self.stride)) & (index % self.stride == 0)
+        is_full = ~jnp.any(free(self.stride)) & (lax.rem(index, self.stride) == 0)
         stride = jnp.where(pred & is_full, 2 * self.stride, self.stride)
         is_free = free(stride)
-        pred = pred & (index % stride == 0) & jnp.any(is_free)
+        pred = pred & (lax.rem(index, stride) == 0) & jnp.any(is_free)
         return self._write(jnp.argmax(is_free), index, state, stride, pred)
 
     def write(
