@@ -14,7 +14,7 @@ from equinox.internal import ω
 from jaxtyping import Array, Bool, Int, PyTree, Real
 
 from ._closed_function import close_function
-from ._custom_types import BoolScalarLike, Y
+from ._custom_types import BoolScalarLike, IntScalarLike, Y
 
 
 # Iterating further does not bring a step that is this near any nearer: the rounding
@@ -86,7 +86,7 @@ class Search(eqx.Module):
     planned: Int[Array, ""]
 
     @classmethod
-    def start(cls, y1: Y, planned: int = 0) -> "Search":
+    def start(cls, y1: Y, planned: IntScalarLike = 0) -> "Search":
         infinity = jnp.array(jnp.inf, jnp.result_type(float))
         return cls(
             index=jnp.array(0),
@@ -100,7 +100,7 @@ class Search(eqx.Module):
             stalled=jnp.array(0),
             at_best=jnp.array(False),
             done=jnp.array(False),
-            planned=jnp.array(planned),
+            planned=jnp.asarray(planned),
         )
 
     @property
@@ -108,18 +108,28 @@ class Search(eqx.Module):
         """How often the first guess was corrected."""
         return self.index - 1
 
-    def next(self) -> "Search":
+    def know(self, y0: Y) -> "Search":
+        """There is no need to look."""
+        return eqx.tree_at(lambda s: s.y0, self, y0)
+
+    def accept(self) -> "Search":
+        """`y0` is it."""
+        return eqx.tree_at(lambda s: s.done, self, jnp.array(True))
+
+    def next(self, known: BoolScalarLike) -> "Search":
         """If `done`: for the step before that. Otherwise the same one, to be
         corrected."""
         done = self.done
+        planned = jnp.where(done, self.num_corrections, self.index)
         return eqx.tree_at(
-            lambda s: (s.index, s.at_best, s.done, s.planned),
+            lambda s: (s.index, s.is_judged, s.at_best, s.done, s.planned),
             self,
             (
                 jnp.where(done, 0, self.index),
+                jnp.array(True),
                 self.at_best & jnp.invert(done),
                 jnp.array(False),
-                jnp.where(done, self.num_corrections, self.index),
+                jnp.where(known, self.planned, planned),
             ),
         )
 

@@ -120,11 +120,13 @@ class ReverseStep(eqx.Module):
         position: Position,
         search: Search | None,
         known: BoolScalarLike,
+        exact: BoolScalarLike,
         state0: PyTree,
         size: PyTree[Array],
     ) -> "Round":
-        """Goes back over one step: from `state0`, if `known`, or else by undoing it.
-        `size` is how large each entry of `y` is.
+        """Goes back over one step: from `state0`, if `known`, or else by undoing it. If
+        `exact` then so is where it ends, and there is nothing to be certified. `size`
+        is how large each entry of `y` is.
 
         If undoing a step takes iteration then this is one round of `search`."""
         closed = self.closed
@@ -134,7 +136,6 @@ class ReverseStep(eqx.Module):
         step, pull_back_controls = self._know_controls(step)
         has_output = self._has_output(position, step)
         position = self._before_jump(position, step)
-        done = jnp.array(True)
         undone = state0
         if not closed.reversal.can_step_back:
             y0, solver_state0 = state0
@@ -154,29 +155,19 @@ class ReverseStep(eqx.Module):
         y1, aux = self._linearise(
             step, has_output, pull_back_controls is not None, y0, solver_state0
         )
-        # No part of the certificate is differentiated.
-        end, known_end = stop_gradient((filter_inexact(y1), filter_inexact(position.y)))
-        if search is not None:
-            search = search.judge(end, known_end, known, closed.max_corrections)
-            done = search.done
-        missed = relative_distance(end, known_end, size, self.tolerance())
-
-        error, rounding = self._carry_error(
-            position, step, known | jnp.invert(done), y0, undone, size
+        frozen: Any = stop_gradient((self, position, search, step, y0, undone, y1))
+        search, error, signals = lax.cond(
+            eqxi.unvmap_all(exact),
+            lambda: frozen[0]._do_not_certify(*frozen[1:3]),
+            lambda: frozen[0]._certify(*frozen[1:], known, size),
         )
-        # Also if it is not done, so that there is no branch between the linearisation
-        # and this: it would hold all values in memory that it could recompute instead.
+        # Also if the search goes on: a branch between the linearisation and this would
+        # hold all values in memory that it could recompute instead.
         position = self._pull_back(position, step, y0, aux, pull_back_controls)
         position = eqx.tree_at(
             lambda p: p.error, position, error, is_leaf=lambda x: x is None
         )
-        # Which of the two it is, depends on whether the start was known.
-        signals = Signals(
-            drift=missed,
-            residual=missed,
-            rounding=rounding,
-            cotangents=jnp.zeros_like(missed),
-        )
+        done = jnp.array(True) if search is None else search.done
         return Round(position, search, done, signals, step)
 
     def _look(
@@ -192,15 +183,23 @@ class ReverseStep(eqx.Module):
         forgotten = self.closed.reversal.forget_state(self.solver_state0)
         solver_state0 = where(is_first, self.solver_state0, forgotten)
         start, _ = state0
-        frozen: Any = stop_gradient((self, position, step, start))
-        fixed, fixed_position, fixed_step, fixed_start = frozen
-        search = search.look(
-            jtu.Partial(_end, fixed.params, fixed_step, solver_state0),
-            lambda y, is_y1: fixed._guess(fixed_step, y, fixed_position.hint, is_y1),
-            fixed_position.y,
-            jnp.asarray(known),
-            fixed_start,
-            self.closed.max_corrections,
+        frozen: Any = stop_gradient((self, position, step, solver_state0, start))
+        fixed, fixed_position, fixed_step, fixed_state0, fixed_start = frozen
+
+        def look():
+            return search.look(
+                jtu.Partial(_end, fixed.params, fixed_step, fixed_state0),
+                lambda y, is_y1: fixed._guess(
+                    fixed_step, y, fixed_position.hint, is_y1
+                ),
+                fixed_position.y,
+                known,
+                fixed_start,
+                self.closed.max_corrections,
+            )
+
+        search = lax.cond(
+            eqxi.unvmap_all(known), lambda: search.know(fixed_start), look
         )
         y0 = root(
             search.y0,
@@ -214,28 +213,47 @@ class ReverseStep(eqx.Module):
         )
         return search, y0, solver_state0
 
-    def _carry_error(
+    #
+    # The certificate, no part of which is differentiated
+    #
+
+    def _do_not_certify(
+        self, position: Position, search: Search | None
+    ) -> tuple[Search | None, PyTree[Array], Signals]:
+        zero = jnp.zeros((), jnp.result_type(float))
+        search = None if search is None else search.accept()
+        return search, position.error, Signals(zero, zero, zero, zero)
+
+    def _certify(
         self,
         position: Position,
+        search: Search | None,
         step: Step,
-        keep: BoolScalarLike,
         y0: Y,
         undone: PyTree,
+        y1: Y,
+        known: BoolScalarLike,
         size: PyTree[Array],
-    ) -> tuple[PyTree[Array], Real[Array, ""]]:
-        """`position.error` at the start of a step, unless that is to be kept; and how
-        large it is."""
-        error = position.error
-        if error is None:
-            return error, jnp.zeros((), jnp.result_type(float))
-        frozen: Any = stop_gradient((self, position, step, y0, undone))
-        error = lax.cond(
-            eqxi.unvmap_all(keep),
-            lambda: error,
-            lambda: frozen[0]._advance_error(*frozen[1:]),
-        )
-        of_y, _ = error
-        return error, relative_distance(of_y, zeros_like(of_y), size, self.tolerance())
+    ) -> tuple[Search | None, PyTree[Array], Signals]:
+        """Whether the search is over; `position.error` at the start of the step; and
+        how far this may be off, without what is told by cotangents."""
+        end, known_end = filter_inexact((y1, position.y))
+        keep = known
+        if search is not None:
+            search = search.judge(end, known_end, known, self.closed.max_corrections)
+            keep = known | jnp.invert(search.done)
+        missed = relative_distance(end, known_end, size, self.tolerance())
+        zero = jnp.zeros_like(missed)
+        error, rounding = position.error, zero
+        if error is not None:
+            error, rounding = lax.cond(
+                eqxi.unvmap_all(keep),
+                lambda: (error, zero),
+                lambda: self._advance_error(position, step, y0, undone, size),
+            )
+        # Which of the two it is, depends on whether the start was known.
+        signals = Signals(drift=missed, residual=missed, rounding=rounding, cotangents=zero)
+        return search, error, signals
 
     def _know_controls(self, step: Step) -> tuple[Step, Callable | None]:
         """The step with its controls; and what pulls back their cotangents onto the
@@ -297,9 +315,15 @@ class ReverseStep(eqx.Module):
         return rounding(stop_gradient(tree), index, share)
 
     def _advance_error(
-        self, position: Position, step: Step, y0: Y, undone: PyTree
-    ) -> PyTree[Array]:
-        """Carries `position.error` over a step that was undone."""
+        self,
+        position: Position,
+        step: Step,
+        y0: Y,
+        undone: PyTree,
+        size: PyTree[Array],
+    ) -> tuple[PyTree[Array], Real[Array, ""]]:
+        """Carries `position.error` over a step that was undone. Returns it, and how
+        large it is."""
         args, terms, _ = self.params
         closed = self.closed
         if closed.increment is None:
@@ -326,7 +350,9 @@ class ReverseStep(eqx.Module):
             error, _ = position.error
             error, share = advance(_increment, position.y, value, error)
             error, share = (error, None), (share, None)
-        return add(error, self.start_error(position.index, y0, undone[1], share))
+        error = add(error, self.start_error(position.index, y0, undone[1], share))
+        of_y, _ = error
+        return error, relative_distance(of_y, zeros_like(of_y), size, self.tolerance())
 
     def _guess(self, step: Step, y: Y, hint: PyTree, is_y1: BoolScalarLike) -> Y:
         args, terms, _ = self.params

@@ -83,7 +83,7 @@ def share_of(change: PyTree[Array], error: PyTree[Array]) -> PyTree[Array]:
 
     def _share(max_change, max_error):
         ratio = max_change / jnp.where(max_error > 0, max_error, 1)
-        return jnp.where(max_error > 0, jnp.minimum(ratio, 1), 1)
+        return jnp.minimum(ratio, 1)
 
     return jtu.tree_map(_share, max_abs(change), max_abs(error))
 
