@@ -23,7 +23,13 @@ from ._constant_record import ConstantRecord
 from ._custom_types import Args, BoolScalarLike, IntScalarLike, RealScalarLike, Y
 from ._event import Event
 from ._heuristics import is_unsafe_sde
-from ._known_controls import Asked, evaluate_controls, know_controls, listen
+from ._known_controls import (
+    Asked,
+    evaluate_controls,
+    has_no_controls,
+    know_controls,
+    listen,
+)
 from ._progress_meter import AbstractProgressMeter
 from ._reversal import AbstractReversal
 from ._saveat import save_y, SaveAt, SubSaveAt
@@ -312,7 +318,7 @@ def _listen(
     same for the same interval. So it is refused if any other is asked for than that of
     the whole step."""
     is_unsafe = is_unsafe_sde(terms)
-    if not (reversal.knows_controls or is_unsafe):
+    if not is_unsafe and (not reversal.knows_controls or has_no_controls(terms)):
         return None
     asked: list[Asked | None] = []
 

@@ -41,6 +41,11 @@ def _is_ode(term: Any) -> bool:
     return isinstance(term, ODETerm)
 
 
+def has_no_controls(terms: PyTree[AbstractTerm]) -> bool:
+    """Whether there is nothing to be known, as all terms are `ODETerm`s."""
+    return all(map(_is_ode, _leaves(terms)))
+
+
 def _key(kwargs: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
     return tuple(sorted(kwargs.items()))
 

@@ -20,27 +20,18 @@ from ._custom_types import IntScalarLike
 from ._invert_step import max_abs
 
 
-def _pattern(x: Array) -> Array:
+def _pattern(size: int, dtype: Any) -> Array:
     """Of no symmetry, so that it is not orthogonal to anything in particular."""
-    index = jnp.arange(x.size, dtype=jnp.finfo(x.dtype).dtype)
-    return jnp.cos(1.0 + 2.4 * index).reshape(x.shape)
+    index = jnp.arange(size, dtype=jnp.finfo(dtype).dtype)
+    return jnp.cos(1.0 + 2.4 * index).astype(dtype)
 
 
 def _times_pattern(x: Array) -> Array:
-    """`jnp.sum(_pattern(x) * x)`, without the pattern, which is as large as `x`."""
-    if x.size == 0:
-        return jnp.zeros((), x.dtype)
-    dtype = jnp.finfo(x.dtype).dtype
+    """The product with a pattern of rank one, which is not made, as it would be as large
+    as `x`."""
     matrix = x.reshape(-1, x.shape[-1] if x.ndim > 1 else 1)
-    num_rows, num_columns = matrix.shape
-    rows = 1.0 + 2.4 * num_columns * jnp.arange(num_rows, dtype=dtype)
-    columns = 2.4 * jnp.arange(num_columns, dtype=dtype)
-    # The cosine of a sum.
-    cos, sin = (
-        fn(rows).astype(x.dtype) @ (matrix @ fn(columns).astype(x.dtype))
-        for fn in (jnp.cos, jnp.sin)
-    )
-    return cos - sin
+    rows, columns = (_pattern(size, x.dtype) for size in matrix.shape)
+    return rows @ (matrix @ columns)
 
 
 def _noise(x: Array, step: IntScalarLike) -> Array:
@@ -102,9 +93,11 @@ def sketch(tree: PyTree[Array]) -> tuple[Array, Array]:
 
 
 def sketch_dtype(tree: PyTree[Array]) -> Any:
-    """That of the products."""
+    """That of the products: one that holds those of each leaf."""
     dtypes = [x.dtype for x in jtu.tree_leaves(tree)]
-    return ft.reduce(jnp.promote_types, dtypes, jnp.dtype(jnp.float32))
+    is_complex = any(jnp.issubdtype(dtype, jnp.complexfloating) for dtype in dtypes)
+    bits = max([32, *(jnp.finfo(dtype).bits for dtype in dtypes)])
+    return jnp.dtype(f"complex{2 * bits}" if is_complex else f"float{bits}")
 
 
 def derivative(
