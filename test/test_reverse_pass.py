@@ -307,9 +307,11 @@ def test_error_of_a_step_back():
     # Up to second order, as the method is assumed to be, but for a difference quotient.
     matrix = jnp.array([[0.3, -1.0], [0.5, 0.2]])
     y, error = jnp.array([2.0, -1.0]), jnp.array([1e-16, 3e-16])
-    advanced = advance(lambda y: matrix @ y, y, matrix @ y, error)
+    advanced, share = advance(lambda y: matrix @ y, y, matrix @ y, error)
     expected = error - matrix @ error + 0.5 * matrix @ matrix @ error
     np.testing.assert_allclose(advanced, expected, rtol=1e-6)
+    largest = jnp.max(jnp.abs(matrix @ error)) / jnp.max(jnp.abs(error))
+    np.testing.assert_allclose(share, largest, rtol=1e-6)
 
 
 @hypothesis.given(
