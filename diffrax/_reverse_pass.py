@@ -176,7 +176,8 @@ class ReversePass(eqx.Module):
             )
             corrections, search = jnp.array(0), None
             if round_.search is not None:
-                corrections = jnp.where(done, round_.search.num_corrections, 0)
+                was_found = done & jnp.invert(is_known)
+                corrections = jnp.where(was_found, round_.search.num_corrections, 0)
                 search = round_.search.next(is_known)
             trace = val.trace.undone(
                 index, round_.step, signals, is_known, val.tried, corrections, done
@@ -215,13 +216,13 @@ class ReversePass(eqx.Module):
         meter: PyTree,
     ) -> Segment:
         cotangents = _cotangents(position)
-        error = position.error
-        if error is not None:
+        probe = position.probe
+        if probe is not None:
             # Here the state is known.
-            error = lax.cond(
+            probe = lax.cond(
                 eqxi.unvmap_all(exact),
-                lambda: error,
-                lambda: self.step.start_error(
+                lambda: probe,
+                lambda: self.step.start_probe(
                     position.index, position.y, position.hint
                 ),
             )
@@ -230,7 +231,7 @@ class ReversePass(eqx.Module):
             search = stop_gradient(Search.start(position.y, planned))
         return Segment(
             position=eqx.tree_at(
-                lambda p: p.error, position, error, is_leaf=lambda x: x is None
+                lambda p: p.probe, position, probe, is_leaf=lambda x: x is None
             ),
             search=search,
             missed=jnp.zeros((), jnp.result_type(float)),

@@ -27,7 +27,7 @@ from ._reverse_output import (
     stop_gradient,
     zeros_like,
 )
-from ._rounding_probe import advance, derivative, rounding, share_of
+from ._rounding_probe import advance, derivative, Probe, rounding, share_of
 from ._step_record import Step, StepRecord
 from ._step_times import TimeCotangents, TimeGradient
 from ._step_trace import Signals
@@ -47,8 +47,8 @@ class Position(eqx.Module):
     - `grads`: those of the parameters, so far.
     - `grad_times`: those of what the times of the steps depend on, so far. `None` if
         nobody asks for these.
-    - `error`: what rounding may have led to since the last state that was known: of
-        `y`, and of the solver state if that is the hint.
+    - `probe`: what rounding may have led to since the last state that was known. `None`
+        if nobody asks for that.
     """
 
     index: Int[Array, ""]
@@ -59,7 +59,7 @@ class Position(eqx.Module):
     grad_solver_state: PyTree[Array]
     grads: PyTree[Array]
     grad_times: TimeGradient | None
-    error: PyTree[Array]
+    probe: Probe | None
 
 
 class Round(eqx.Module):
@@ -156,7 +156,7 @@ class ReverseStep(eqx.Module):
             step, has_output, pull_back_controls is not None, y0, solver_state0
         )
         frozen: Any = stop_gradient((self, position, search, step, y0, undone, y1))
-        search, error, signals = lax.cond(
+        search, probe, signals = lax.cond(
             eqxi.unvmap_all(exact),
             lambda: frozen[0]._do_not_certify(*frozen[1:3]),
             lambda: frozen[0]._certify(*frozen[1:], known, size),
@@ -165,7 +165,7 @@ class ReverseStep(eqx.Module):
         # hold all values in memory that it could recompute instead.
         position = self._pull_back(position, step, y0, aux, pull_back_controls)
         position = eqx.tree_at(
-            lambda p: p.error, position, error, is_leaf=lambda x: x is None
+            lambda p: p.probe, position, probe, is_leaf=lambda x: x is None
         )
         done = jnp.array(True) if search is None else search.done
         return Round(position, search, done, signals, step)
@@ -219,10 +219,10 @@ class ReverseStep(eqx.Module):
 
     def _do_not_certify(
         self, position: Position, search: Search | None
-    ) -> tuple[Search | None, PyTree[Array], Signals]:
+    ) -> tuple[Search | None, Probe | None, Signals]:
         zero = jnp.zeros((), jnp.result_type(float))
         search = None if search is None else search.accept()
-        return search, position.error, Signals(zero, zero, zero, zero)
+        return search, position.probe, Signals(zero, zero, zero, zero)
 
     def _certify(
         self,
@@ -234,8 +234,8 @@ class ReverseStep(eqx.Module):
         y1: Y,
         known: BoolScalarLike,
         size: PyTree[Array],
-    ) -> tuple[Search | None, PyTree[Array], Signals]:
-        """Whether the search is over; `position.error` at the start of the step; and
+    ) -> tuple[Search | None, Probe | None, Signals]:
+        """Whether the search is over; `position.probe` at the start of the step; and
         how far this may be off, without what is told by cotangents."""
         end, known_end = filter_inexact((y1, position.y))
         keep = known
@@ -244,16 +244,16 @@ class ReverseStep(eqx.Module):
             keep = known | jnp.invert(search.done)
         missed = relative_distance(end, known_end, size, self.tolerance())
         zero = jnp.zeros_like(missed)
-        error, rounding = position.error, zero
-        if error is not None:
-            error, rounding = lax.cond(
+        probe, rounding = position.probe, zero
+        if probe is not None:
+            probe, rounding = lax.cond(
                 eqxi.unvmap_all(keep),
-                lambda: (error, zero),
-                lambda: self._advance_error(position, step, y0, undone, size),
+                lambda: (probe, zero),
+                lambda: self._advance_probe(position, step, y0, undone, size),
             )
         # Which of the two it is, depends on whether the start was known.
         signals = Signals(drift=missed, residual=missed, rounding=rounding, cotangents=zero)
-        return search, error, signals
+        return search, probe, signals
 
     def _know_controls(self, step: Step) -> tuple[Step, Callable | None]:
         """The step with its controls; and what pulls back their cotangents onto the
@@ -303,56 +303,89 @@ class ReverseStep(eqx.Module):
         assert self.closed.step_back is not None
         return self.closed.step_back(terms, step, y1, args, hint)
 
-    def start_error(
-        self, index: IntScalarLike, y: Y, hint: PyTree, share: PyTree = None
-    ) -> PyTree[Array]:
-        """What to set `Position.error` to, where the state is known. Otherwise, what to
-        add to it, if `share` is that of what was added to the state."""
+    def start_probe(self, index: IntScalarLike, y: Y, hint: PyTree) -> Probe | None:
+        """What to set `Position.probe` to, where the state is known."""
         closed = self.closed
         if closed.certificate != "full" or not closed.reversal.can_step_back:
             return None
-        tree = filter_inexact((y, hint if closed.reversal.has_state else None))
+        return Probe.start(self._rounding(index, y, hint, None))
+
+    def _rounding(
+        self, index: IntScalarLike, y: Y, hint: PyTree, share: PyTree[Array] | None
+    ) -> PyTree[Array]:
+        tree = filter_inexact((y, hint if self.closed.reversal.has_state else None))
         return rounding(stop_gradient(tree), index, share)
 
-    def _advance_error(
+    def _advance_probe(
         self,
         position: Position,
         step: Step,
         y0: Y,
         undone: PyTree,
         size: PyTree[Array],
-    ) -> tuple[PyTree[Array], Real[Array, ""]]:
-        """Carries `position.error` over a step that was undone. Returns it, and how
-        large it is."""
-        args, terms, _ = self.params
-        closed = self.closed
-        if closed.increment is None:
-            # Some of the hint may not be floating point.
-            hint = position.hint if closed.reversal.has_state else None
-            state1 = position.y, hint
-            diff, nondiff = eqx.partition(state1, eqx.is_inexact_array)
-
-            def _undo(diff):
-                y, _hint = eqx.combine(diff, nondiff)
-                _hint = _hint if closed.reversal.has_state else position.hint
-                return filter_inexact(self._step_back(step, y, _hint))
-
-            error = derivative(_undo, diff, filter_inexact(undone), position.error)
-            change = jtu.tree_map(jnp.subtract, error, position.error)
-            share = share_of(change, position.error)
+    ) -> tuple[Probe, Real[Array, ""]]:
+        """Carries `position.probe` over a step that was undone. Returns it, and how
+        large its error is."""
+        probe = position.probe
+        assert probe is not None
+        if self.closed.increment is None:
+            error, share = self._undo_error(position, step, undone)
+            probe = eqx.tree_at(lambda p: p.error, probe, error)
         else:
-
-            def _increment(y):
-                vf = self.params[2].vf(terms, step.t1, y, args)
-                return closed.increment(terms, step, args, vf)  # pyright: ignore
-
-            value = closed.increment(terms, step, args, position.hint)
-            error, _ = position.error
-            error, share = advance(_increment, position.y, value, error)
-            error, share = (error, None), (share, None)
-        error = add(error, self.start_error(position.index, y0, undone[1], share))
+            probe, span, can_wait = probe.next(step.t0, step.t1)
+            if step.controls is not None:
+                can_wait = False  # That of a longer step is not known.
+            probe, share = lax.cond(
+                eqxi.unvmap_all(can_wait),
+                lambda: probe.wait(step.t0, step.t1),
+                lambda: self._carry_error(position, step, probe, span),
+            )
+        error = add(
+            probe.error, self._rounding(position.index, y0, undone[1], share)
+        )
         of_y, _ = error
-        return error, relative_distance(of_y, zeros_like(of_y), size, self.tolerance())
+        distance = relative_distance(of_y, zeros_like(of_y), size, self.tolerance())
+        return eqx.tree_at(lambda p: p.error, probe, error), distance
+
+    def _undo_error(
+        self, position: Position, step: Step, undone: PyTree
+    ) -> tuple[PyTree[Array], PyTree[Array]]:
+        """The error, as a step back has it; and its `share_of`."""
+        assert position.probe is not None
+        # Some of the hint may not be floating point.
+        has_state = self.closed.reversal.has_state
+        state1 = position.y, position.hint if has_state else None
+        diff, nondiff = eqx.partition(state1, eqx.is_inexact_array)
+
+        def _undo(diff):
+            y, _hint = eqx.combine(diff, nondiff)
+            _hint = _hint if has_state else position.hint
+            return filter_inexact(self._step_back(step, y, _hint))
+
+        old = position.probe.error
+        new = derivative(_undo, diff, filter_inexact(undone), old)
+        return new, share_of(jtu.tree_map(jnp.subtract, new, old), old)
+
+    def _carry_error(
+        self, position: Position, step: Step, probe: Probe, span: Real[Array, ""]
+    ) -> tuple[Probe, PyTree[Array]]:
+        """The same for a method of at least second order, from where it was last
+        carried to."""
+        args, terms, local = self.params
+        closed = self.closed
+        assert closed.increment is not None
+        since = probe.since.astype(jnp.result_type(step.t1))
+        longer = eqx.tree_at(lambda s: s.t1, step, since)
+
+        def _increment(y):
+            vf = local.vf(terms, step.t1, y, args)
+            return closed.increment(terms, longer, args, vf)  # pyright: ignore
+
+        value = closed.increment(terms, longer, args, position.hint)
+        error, _ = probe.error
+        error, share = advance(_increment, position.y, value, error)
+        share = share, None
+        return probe.carried((error, None), step.t0, share, span), share
 
     def _guess(self, step: Step, y: Y, hint: PyTree, is_y1: BoolScalarLike) -> Y:
         args, terms, _ = self.params
@@ -458,7 +491,7 @@ class ReverseStep(eqx.Module):
             grad_solver_state=grad_solver_state0,
             grads=grads,
             grad_times=self._add_times(position.grad_times, index, grad_times),
-            error=position.error,
+            probe=position.probe,
         )
 
     def _add_times(

@@ -10,14 +10,81 @@ import functools as ft
 from collections.abc import Callable
 from typing import Any
 
+import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 from equinox.internal import ω
-from jaxtyping import Array, PyTree, Real
+from jaxtyping import Array, Int, PyTree, Real
 
-from ._custom_types import IntScalarLike
+from ._custom_types import IntScalarLike, RealScalarLike
 from ._invert_step import max_abs
+
+
+class Probe(eqx.Module):
+    """An error of the size of rounding that is carried along: an estimate of how far off
+    going back may be since the last state that was known.
+
+    - `error`: of `y`, and of the solver state if that is the hint.
+    - `since`: the time down to which it has been carried.
+    - `waiting`: for how many steps it has not been carried on. -1 where it starts.
+    - `rate`: by how much of itself it changes per unit of time.
+    """
+
+    error: PyTree[Array]
+    since: Real[Array, ""]
+    waiting: Int[Array, ""]
+    rate: Real[Array, ""]
+
+    @classmethod
+    def start(cls, error: PyTree[Array]) -> "Probe":
+        dtype = jnp.result_type(float)
+        return cls(
+            error=error,
+            since=jnp.zeros((), dtype),
+            waiting=jnp.array(-1),
+            rate=jnp.array(jnp.inf, dtype),
+        )
+
+    def next(self, t0: RealScalarLike, t1: RealScalarLike) -> tuple["Probe", Any, Any]:
+        """Before a step back from `t1` to `t0`. Returns also how long it is that the
+        error has not been carried along for, with this step; and whether it can wait
+        for a step more, as it would change by less than a tenth."""
+        t0, t1 = (jnp.asarray(t).astype(self.since.dtype) for t in (t0, t1))
+        since = jnp.where(self.waiting < 0, t1, self.since)
+        span = jnp.abs(since - t0)
+        can_wait = (self.waiting < _longest_wait) & (self.rate * span < 0.1)
+        return Probe(self.error, since, self.waiting, self.rate), span, can_wait
+
+    def wait(
+        self, t0: RealScalarLike, t1: RealScalarLike
+    ) -> tuple["Probe", PyTree[Array]]:
+        """Without the error having been carried over the step; and about what would have
+        been its `share_of`."""
+        length = jnp.abs(jnp.asarray(t1) - jnp.asarray(t0)).astype(self.rate.dtype)
+        share = jtu.tree_map(
+            lambda x: (self.rate * length).astype(jnp.finfo(x.dtype).dtype), self.error
+        )
+        return Probe(self.error, self.since, self.waiting + 1, self.rate), share
+
+    def carried(
+        self,
+        error: PyTree[Array],
+        t0: RealScalarLike,
+        share: PyTree[Array],
+        span: Real[Array, ""],
+    ) -> "Probe":
+        """With the error having been carried down to `t0`."""
+        dtype = self.since.dtype
+        shares = [x.astype(dtype) for x in jtu.tree_leaves(share)]
+        rate = ft.reduce(jnp.maximum, shares, jnp.zeros((), dtype)) / span
+        # Zero times infinity where there is no time.
+        rate = jnp.where(span > 0, rate, jnp.inf)
+        since = jnp.asarray(t0).astype(dtype)
+        return Probe(error, since, jnp.zeros_like(self.waiting), rate)
+
+
+_longest_wait = 3
 
 
 def _pattern(size: int, dtype: Any) -> Array:
@@ -60,7 +127,9 @@ def rounding(
 
     def _rounding(x, max_x, share_x):
         eps = float(jnp.finfo(x.dtype).eps)
-        size = jnp.abs(x) + jnp.asarray(share_x, max_x.dtype) * max_x
+        # Not more than all of it.
+        part = jnp.minimum(jnp.asarray(share_x, max_x.dtype), 1)
+        size = jnp.abs(x) + part * max_x
         return (eps * size * _noise(x, step)).astype(x.dtype)
 
     if share is None:
@@ -69,12 +138,11 @@ def rounding(
 
 
 def share_of(change: PyTree[Array], error: PyTree[Array]) -> PyTree[Array]:
-    """How much of the largest entry of an error a step adds to any entry; not more than
-    all of it. One number for each leaf."""
+    """How much of the largest entry of an error a step adds to any entry. One number for
+    each leaf."""
 
     def _share(max_change, max_error):
-        ratio = max_change / jnp.where(max_error > 0, max_error, 1)
-        return jnp.minimum(ratio, 1)
+        return max_change / jnp.where(max_error > 0, max_error, 1)
 
     return jtu.tree_map(_share, max_abs(change), max_abs(error))
 
