@@ -1,13 +1,13 @@
-"""How often the vector field is evaluated for each step of a gradient, and the least that
-it takes.
+"""How often the vector field is evaluated for each step of a gradient, and the least
+that it takes.
 
     python benchmarks/least.py [--solver NAME ...] [--output FILE]
 
-Counts, per accepted step with constant steps and `checkpoints=0`: the evaluations of the
-solve; those of the way back, be that to undo a step or to linearise it; and the
-transposed ones. Next to each stands the least number: that of a loop which evaluates the
-vector field nowhere twice. (For two solvers with two vector fields, each of them
-counts.) Then the same with what the certificate takes in addition.
+Counts, per accepted step with constant steps and `checkpoints=0`: the evaluations of
+the solve; those of the way back, be that to undo a step or to linearise it; and the
+transposed ones. Next to each stands the least number: that of a loop which evaluates
+the vector field nowhere twice. (Where there are two vector fields, each counts.)
+Then the same with what the certificate takes in addition.
 
 These are counts, exact on any machine. Takes about two minutes on 2 CPU cores.
 """
@@ -31,7 +31,8 @@ def _num_stages(solver: Any) -> int:
 
 
 def _coupled(solver: Any) -> tuple[int, int, int]:
-    return (2 * _num_stages(solver),) * 3
+    s = 2 * _num_stages(solver)
+    return s, s, s
 
 
 def _numerical(solver: Any) -> tuple[int, int, int]:
@@ -131,7 +132,9 @@ def main() -> None:
     if args.smoke:
         args.solver = ["LeapfrogMidpoint", "Heun"]
     jax.config.update("jax_enable_x64", True)
-    print(" " * 20 + "".join(f" {kind:^25s}" for kind in ("solve", "back", "transposed")))
+    print(
+        " " * 20 + "".join(f" {kind:^25s}" for kind in ("solve", "back", "transposed"))
+    )
     print(" " * 20 + f" {'reached':>9s} {'least':>5s} {'certified':>9s}" * 3)
     rows = []
     for name in args.solver:

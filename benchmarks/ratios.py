@@ -3,19 +3,19 @@
     python benchmarks/ratios.py [--case NAME ...] [--repeats N] [--output FILE]
     python benchmarks/ratios.py --table [--output FILE]
 
-For each case, relative to `RecursiveCheckpointAdjoint()` on the same solver: the time of
-a gradient, how long it takes to trace and compile, and its scratch memory. For constant
-steps also relative to a loop that is written by hand (see `limit.py`): the time, and the
-scratch memory of `ReversibleAdjoint(checkpoints=0)`, which like that loop stores
-nothing; and the time of the solve alone, relative to that without any of this.
+For each case, relative to `RecursiveCheckpointAdjoint()` on the same solver: the time
+of a gradient, how long it takes to trace and compile, and its scratch memory. For
+constant steps also relative to a loop that is written by hand (see `limit.py`): the
+time, and the scratch memory of `ReversibleAdjoint(checkpoints=0)`, which like that loop
+stores nothing; and the time of the solve alone, relative to that without any of this.
 
 The goals are 0.9 for the time of the neural ODE in 32-bit precision and 1 for the
 others, 1.15 relative to the loop (1.25 for `UReversible`), 1.05 for the solve alone,
 0.7 for compiling and 1.2 for the scratch memory.
 
-Times are medians over repetitions that take turns in one process. On a machine that has
-nothing else to do, all of it takes about twenty minutes on 2 CPU cores. Appends one line
-of JSON for each case to the output file; `--table` prints what is there.
+Times are medians over repetitions that take turns in one process, on a machine that
+should have nothing else to do: about twenty minutes on 2 CPU cores. Appends one line of
+JSON for each case to the output file; `--table` prints what is there.
 """
 
 import argparse

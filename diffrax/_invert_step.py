@@ -170,9 +170,7 @@ class Search(eqx.Module):
         return search
 
     def where_not_judged(self, other: "Search") -> "Search":
-        return jtu.tree_map(
-            lambda a, b: jnp.where(self.is_judged, a, b), self, other
-        )
+        return jtu.tree_map(lambda a, b: jnp.where(self.is_judged, a, b), self, other)
 
     def propose(
         self,

@@ -22,7 +22,7 @@ from ._custom_types import BoolScalarLike, IntScalarLike, RealScalarLike
 from ._invert_step import relative_distance, Search
 from ._reverse_output import filter_inexact, stop_gradient, zeros_like
 from ._reverse_step import known_size, Position, ReverseStep, where
-from ._rounding_probe import sketch, sketch_dtype
+from ._sketch import sketch, sketch_dtype
 from ._step_trace import StepTrace
 from ._stored_states import StoredStates
 

@@ -207,9 +207,7 @@ class ReverseStep(eqx.Module):
             jnp.asarray(known),
             start,
             jtu.Partial(_end, self.params, step, solver_state0),
-            jtu.Partial(
-                _back, self.params, self.closed.step_back, step, position.hint
-            ),
+            jtu.Partial(_back, self.params, self.closed.step_back, step, position.hint),
         )
         return search, y0, solver_state0
 
@@ -252,7 +250,9 @@ class ReverseStep(eqx.Module):
                 lambda: self._advance_probe(position, step, y0, undone, size),
             )
         # Which of the two it is, depends on whether the start was known.
-        signals = Signals(drift=missed, residual=missed, rounding=rounding, cotangents=zero)
+        signals = Signals(
+            drift=missed, residual=missed, rounding=rounding, cotangents=zero
+        )
         return search, probe, signals
 
     def _know_controls(self, step: Step) -> tuple[Step, Callable | None]:
@@ -332,17 +332,15 @@ class ReverseStep(eqx.Module):
             error, share = self._undo_error(position, step, undone)
             probe = eqx.tree_at(lambda p: p.error, probe, error)
         else:
-            probe, span, can_wait = probe.next(step.t0, step.t1)
+            new, span, can_wait = probe.next(step.t0, step.t1)
             if step.controls is not None:
                 can_wait = False  # That of a longer step is not known.
             probe, share = lax.cond(
                 eqxi.unvmap_all(can_wait),
-                lambda: probe.wait(step.t0, step.t1),
-                lambda: self._carry_error(position, step, probe, span),
+                lambda: new.wait(step.t0, step.t1),
+                lambda: self._carry_error(position, step, new, span),
             )
-        error = add(
-            probe.error, self._rounding(position.index, y0, undone[1], share)
-        )
+        error = add(probe.error, self._rounding(position.index, y0, undone[1], share))
         of_y, _ = error
         distance = relative_distance(of_y, zeros_like(of_y), size, self.tolerance())
         return eqx.tree_at(lambda p: p.error, probe, error), distance
@@ -609,9 +607,7 @@ def _end(params: PyTree, step: Step, solver_state0: PyTree, y0: Y) -> Y:
     return y1
 
 
-def _back(
-    params: PyTree, step_back: Callable, step: Step, hint: PyTree, y1: Y
-) -> Y:
+def _back(params: PyTree, step_back: Callable, step: Step, hint: PyTree, y1: Y) -> Y:
     """Where a step back from `y1` leads to. `hint` is for another `y1`, if there is
     one."""
     args, terms, local = params

@@ -22,8 +22,8 @@ from ._invert_step import max_abs
 
 
 class Probe(eqx.Module):
-    """An error of the size of rounding that is carried along: an estimate of how far off
-    going back may be since the last state that was known.
+    """An error of the size of rounding that is carried along: an estimate of how far
+    off going back may be since the last state that was known.
 
     - `error`: of `y`, and of the solver state if that is the hint.
     - `since`: the time down to which it has been carried.
@@ -59,8 +59,8 @@ class Probe(eqx.Module):
     def wait(
         self, t0: RealScalarLike, t1: RealScalarLike
     ) -> tuple["Probe", PyTree[Array]]:
-        """Without the error having been carried over the step; and about what would have
-        been its `share_of`."""
+        """Without the error having been carried over the step; and about what would
+        have been its `share_of`."""
         length = jnp.abs(jnp.asarray(t1) - jnp.asarray(t0)).astype(self.rate.dtype)
         share = jtu.tree_map(
             lambda x: (self.rate * length).astype(jnp.finfo(x.dtype).dtype), self.error
@@ -87,23 +87,9 @@ class Probe(eqx.Module):
 _longest_wait = 3
 
 
-def _pattern(size: int, dtype: Any) -> Array:
-    """Of no symmetry, so that it is not orthogonal to anything in particular."""
-    index = jnp.arange(size, dtype=jnp.finfo(dtype).dtype)
-    return jnp.cos(1.0 + 2.4 * index).astype(dtype)
-
-
-def _times_pattern(x: Array) -> Array:
-    """The product with a pattern of rank one, which is not made, as it would be as large
-    as `x`."""
-    matrix = x.reshape(-1, x.shape[-1] if x.ndim > 1 else 1)
-    rows, columns = (_pattern(size, x.dtype) for size in matrix.shape)
-    return rows @ (matrix @ columns)
-
-
 def _noise(x: Array, step: IntScalarLike) -> Array:
-    """Numbers between -1 and 1, as good as random, and others for each `step`: a hash of
-    their indices."""
+    """Numbers between -1 and 1, as good as random, and others for each `step`: a hash
+    of their indices."""
     seed = jnp.asarray(step).astype(jnp.uint32) * np.uint32(0x85EBCA77)
     bits = jnp.arange(x.size, dtype=jnp.uint32) * np.uint32(0x9E3779B1) + seed
     for shift, factor in ((15, 0x2C1B3C6D), (12, 0x297A2D39)):
@@ -138,34 +124,13 @@ def rounding(
 
 
 def share_of(change: PyTree[Array], error: PyTree[Array]) -> PyTree[Array]:
-    """How much of the largest entry of an error a step adds to any entry. One number for
-    each leaf."""
+    """How much of the largest entry of an error a step adds to any entry. One number
+    for each leaf."""
 
     def _share(max_change, max_error):
         return max_change / jnp.where(max_error > 0, max_error, 1)
 
     return jtu.tree_map(_share, max_abs(change), max_abs(error))
-
-
-def sketch(tree: PyTree[Array]) -> tuple[Array, Array]:
-    """For each leaf, its product with a fixed pattern, by which two of them can be told
-    apart; and its norm."""
-    leaves = jtu.tree_leaves(tree)
-    dtype = sketch_dtype(tree)
-    products = [_times_pattern(x).astype(dtype) for x in leaves]
-    squares = [jnp.sum(jnp.real(x * jnp.conj(x))) for x in leaves]
-    real = jnp.finfo(dtype).dtype
-    squares = [x.astype(real) for x in squares]
-    stack = lambda xs, dtype: jnp.stack(xs) if len(xs) > 0 else jnp.zeros(0, dtype)
-    return stack(products, dtype), jnp.sqrt(stack(squares, real))
-
-
-def sketch_dtype(tree: PyTree[Array]) -> Any:
-    """That of the products: one that holds those of each leaf."""
-    dtypes = [x.dtype for x in jtu.tree_leaves(tree)]
-    is_complex = any(jnp.issubdtype(dtype, jnp.complexfloating) for dtype in dtypes)
-    bits = max([32, *(jnp.finfo(dtype).bits for dtype in dtypes)])
-    return jnp.dtype(f"complex{2 * bits}" if is_complex else f"float{bits}")
 
 
 def derivative(

@@ -88,9 +88,9 @@ class StepTrace(eqx.Module):
         corrections: IntScalarLike,
         pred: BoolScalarLike,
     ) -> "StepTrace":
-        """If `pred`: with what became of a step that was undone, or that started from a known
-        state (and if `tried`, after it had been undone). NaN is written for what does
-        not apply."""
+        """If `pred`: with what became of a step that was undone, or that started from a
+        known state (and if `tried`, after it had been undone). NaN is written for what
+        does not apply."""
         if self.rows is None:
             return self
 

@@ -22,7 +22,7 @@ class StoredStates(eqx.Module):
 
     # In one array, of which nothing else depends: so XLA leaves it out of a solve that
     # is not differentiated.
-    indices_and_stride: Int[Array, " slots+1"]
+    indices_and_stride: Int[Array, " slots_and_one"]
     states: PyTree[eqxi.MaybeBuffer[Shaped[Array, "slots ..."]]]
 
     @classmethod

@@ -16,7 +16,7 @@ import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
 import pytest
-from diffrax._rounding_probe import sketch
+from diffrax._sketch import sketch
 
 
 def _load_benchmark() -> Any:
