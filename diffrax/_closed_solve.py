@@ -22,6 +22,7 @@ from ._closed_function import close_function
 from ._constant_record import ConstantRecord
 from ._custom_types import Args, BoolScalarLike, IntScalarLike, RealScalarLike, Y
 from ._event import Event
+from ._fence import fence
 from ._heuristics import is_unsafe_sde
 from ._known_controls import (
     Asked,
@@ -262,13 +263,13 @@ def _replay(solve: _Solve, terms, step, y0, args, solver_state):
 
 def _step(solve: _Solve, terms, step, y0, args, solver_state, has_output):
     reversal, _ = solve
-    terms = _with_controls(solve, terms, step)
+    terms = fence(_with_controls(solve, terms, step), step.t0, y0, args)
     return as_arrays(reversal.step(terms, step, y0, args, solver_state, has_output))
 
 
 def _step_back(solve: _Solve, terms, step, y1, args, hint):
     reversal, _ = solve
-    terms = _with_controls(solve, terms, step)
+    terms = fence(_with_controls(solve, terms, step), step.t1, y1, args)
     return as_arrays(reversal.step_back(terms, step, y1, args, hint))
 
 

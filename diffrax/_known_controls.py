@@ -35,6 +35,12 @@ def _replace(terms: PyTree[AbstractTerm], new: list[Any]) -> PyTree[AbstractTerm
     return jtu.tree_unflatten(treedef, new)
 
 
+def map_single_terms(
+    fn: Callable[[Any], Any], terms: PyTree[AbstractTerm]
+) -> PyTree[AbstractTerm]:
+    return _replace(terms, list(map(fn, _leaves(terms))))
+
+
 def _is_ode(term: Any) -> bool:
     while hasattr(term, "term"):
         term = term.term
