@@ -1,11 +1,11 @@
 """Vector fields that XLA is not to fuse with one another.
 
-On a CPU, XLA fuses operations that it takes to be cheap into each of those that use what
-they return, to be made again there. The stages of a step use each other, so that with a
-vector field that has nothing but such operations (a stencil, say) the last stage makes
-the first one many times over: of the periodic heat equation, written with `jnp.roll`,
-all stages of `Tsit5` take 16 times as long as one by one, and are compiled in three
-times as long. There is no fusing across the border of a branch.
+On a CPU, XLA fuses operations that it takes to be cheap into each of those that use
+what they return, to be made again there. The stages of a step use each other, so that
+with a vector field that has nothing but such operations (a stencil, say) the last stage
+makes the first one many times over: of the periodic heat equation, written with
+`jnp.roll`, all stages of `Tsit5` take 16 times as long as one by one, and are compiled
+in three times as long. There is no fusing across the border of a branch.
 """
 
 import math
