@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import diffrax
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -40,20 +41,22 @@ def make_adjoint(gradient: str) -> Any:
 class _InSinglePrecision(diffrax.AbstractBrownianPath):
     """The path that float32 would have, for a solve in float64."""
 
-    path: Any
-    levy_area: Any
+    # In a function: Diffrax would see an `UnsafeBrownianPath`, and refuse to
+    # differentiate. It has the same increments each time for the same steps.
+    get: Callable[[], Any] = eqx.field(static=True)
+    levy_area: Any = eqx.field(static=True)
 
     @property
     def t0(self):
-        return self.path.t0
+        return self.get().t0
 
     @property
     def t1(self):
-        return self.path.t1
+        return self.get().t1
 
     def evaluate(self, t0, t1=None, left=True, use_levy=False):
         t0, t1 = (None if t is None else jnp.float32(t) for t in (t0, t1))
-        increment = self.path.evaluate(t0, t1, left, use_levy)
+        increment = self.get().evaluate(t0, t1, left, use_levy)
         to_float64 = lambda x: jnp.asarray(x, jnp.float64)
         return jax.tree.map(to_float64, increment)
 
@@ -68,7 +71,7 @@ def _brownian_motion(problem: Problem, noise: str, steps: int) -> Any:
         path = diffrax.VirtualBrownianTree(t0, t1, tol, shape, jr.key(0))
     if problem.dtype == "float32":
         return path
-    return _InSinglePrecision(path=path, levy_area=path.levy_area)
+    return _InSinglePrecision(get=lambda: path, levy_area=path.levy_area)
 
 
 def _terms(problem: Problem, noise: str, work: Work) -> Any:
