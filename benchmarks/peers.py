@@ -72,6 +72,7 @@ from collections.abc import Callable
 from typing import Any
 
 import matplotlib
+import matplotlib.ticker
 import numpy as np
 from _peers_problems import Method, Prepared, Problem, PROBLEMS, Work
 
@@ -203,13 +204,18 @@ def is_installed(tool: str) -> bool:
     return all(importlib.util.find_spec(name) is not None for name in names)
 
 
-def limit_threads() -> None:
-    """To be called before JAX or PyTorch computes anything."""
-    if hasattr(os, "sched_setaffinity"):
+def limit_threads() -> int:
+    """To be called before JAX or PyTorch computes anything. Returns how many there are
+    for each: 2, or 1 if there is but one core."""
+    if not hasattr(os, "sched_setaffinity"):
+        threads = min(2, os.cpu_count() or 1)
+    else:
         # JAX has as many threads as this process has cores.
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
+        threads = len(os.sched_getaffinity(0))
     if is_installed("torch"):
-        importlib.import_module("torch").set_num_threads(2)
+        importlib.import_module("torch").set_num_threads(threads)
+    return threads
 
 
 def in_precision_of(problem: Problem) -> contextlib.AbstractContextManager[Any]:
@@ -385,7 +391,7 @@ def measure(case: Case, references: References, repeats: int) -> list[dict[str, 
     return rows
 
 
-def provenance() -> dict[str, Any]:
+def get_provenance(threads: int) -> dict[str, Any]:
     """Where and with what this is measured."""
     git = ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
@@ -395,7 +401,7 @@ def provenance() -> dict[str, Any]:
         commit=commit or None,
         device=importlib.import_module("jax").devices()[0].device_kind,
         machine=platform.machine(),
-        threads=len(os.sched_getaffinity(0)) if sys.platform == "linux" else None,
+        threads=threads,
         python=platform.python_version(),
         versions={name: importlib.metadata.version(name) for name in packages},
         date=time.strftime("%Y-%m-%d"),
@@ -426,7 +432,7 @@ def measure_all(cases: list[Case], repeats: int, output: pathlib.Path) -> None:
         )
         for case in cases
     ]
-    limit_threads()
+    provenance = get_provenance(limit_threads())
     references = References()
     output.parent.mkdir(parents=True, exist_ok=True)
     for case in cases:
@@ -434,7 +440,7 @@ def measure_all(cases: list[Case], repeats: int, output: pathlib.Path) -> None:
         with output.open("a") as file:
             for row in rows:
                 print_row(row)
-                file.write(json.dumps(row | provenance()) + "\n")
+                file.write(json.dumps(row | provenance) + "\n")
 
 
 LABELS = dict(
@@ -447,7 +453,7 @@ LABELS = dict(
 STYLES: dict[tuple[str, str, bool], tuple[str, str, str]] = {
     ("diffrax", OURS, False): ("ReversibleAdjoint", "tab:blue", "o"),
     ("diffrax", OURS, True): (
-        "ReversibleAdjoint, UReversible or UnsafeBrownianPath",
+        "ReversibleAdjoint, with UReversible or an unsafe path",
         "tab:green",
         "d",
     ),
@@ -473,13 +479,16 @@ STYLES: dict[tuple[str, str, bool], tuple[str, str, str]] = {
 
 def _style(row: dict[str, Any]) -> tuple[str, str, bool]:
     special = row["solver"].startswith("UReversible") or row["noise"] == UNSAFE
-    return row["tool"], row["gradient"], special
+    gradient, _, _ = row["gradient"].partition("(checkpoints=")
+    return row["tool"], gradient, special
 
 
 def _plot_problem(
     ax: Any, rows: list[dict[str, Any]], x_of: Callable[[dict[str, Any]], float]
 ) -> dict[str, Any]:
     """Returns what is in the legend."""
+    ax.set_xscale("log")
+    ax.set_yscale("log")
     handles = {}
     for style, (label, color, marker) in STYLES.items():
         points = [(x_of(row), row["error"]) for row in rows if _style(row) == style]
@@ -493,8 +502,12 @@ def _plot_problem(
                 markerfacecolor=color if label == OURS else "none",
                 markeredgewidth=1.6,
             )
-    ax.set_xscale("log")
-    ax.set_yscale("log")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(matplotlib.ticker.LogLocator(numticks=6))
+        axis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+    # At least two decades, of which the labels then are.
+    lower, upper = ax.get_xlim()
+    ax.set_xlim(min(lower, upper / 100), upper)
     ax.tick_params(labelsize=11)
     ax.grid(alpha=0.3)
     return handles
@@ -503,7 +516,7 @@ def _plot_problem(
 def plot(rows: list[dict[str, Any]], memory: bool, path: pathlib.Path) -> None:
     """Error over memory, or over time, of all rows that have an error, at the size that
     a problem has first."""
-    fig, axes = plt.subplots(2, 2, figsize=(9.5, 9), layout="constrained")
+    fig, axes = plt.subplots(2, 2, figsize=(9.5, 9.5), layout="constrained")
     handles = {}
     for ax, (problem, title) in zip(axes.flat, LABELS.items(), strict=True):
         # That is what the rows of a problem start with.
@@ -526,7 +539,7 @@ def plot(rows: list[dict[str, Any]], memory: bool, path: pathlib.Path) -> None:
         list(handles.values()),
         list(handles),
         loc="outside upper center",
-        ncols=3,
+        ncols=2,
         fontsize=10.5,
     )
     fig.savefig(path, dpi=110)
