@@ -266,8 +266,9 @@ def _machine(name: str = "gradient") -> str:
     """With what, and on what, the times were measured."""
     row = _read(name)[-1]
     versions = ", ".join(f"{name} {v}" for name, v in row["versions"].items())
+    cores = "1 core" if row.get("threads") == 1 else "2 cores"
     return (
-        f"Measured on {row['date']}, on 2 cores of a CPU ({row['machine']}), with "
+        f"Measured on {row['date']}, on {cores} of a CPU ({row['machine']}), with "
         f"{versions}, Python {row['python']}."
     )
 
