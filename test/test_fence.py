@@ -38,7 +38,8 @@ def test_cost_of_a_stencil(solver, batch):
     y0, args = jr.normal(jr.key(0), (16, 16)), jnp.array(0.3)
     adjoints = diffrax.ReversibleAdjoint(0), diffrax.RecursiveCheckpointAdjoint()
     ours, expected = (
-        jax.grad(lambda *x: loss(*x, adjoint), (0, 1)) for adjoint in adjoints
+        jax.grad(lambda *x, adjoint=adjoint: loss(*x, adjoint), (0, 1))
+        for adjoint in adjoints
     )
     field = lambda y, args: _stencil(0.0, y, args)
     if batch:
