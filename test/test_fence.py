@@ -48,5 +48,5 @@ def test_cost_of_a_stencil(solver, batch):
     for x, y in zip(jax.jit(ours)(y0, args), jax.jit(expected)(y0, args)):
         np.testing.assert_allclose(x, y, rtol=1e-10, atol=1e-12)
     # Of one step each of all loops. With Tsit5 there are about 30 evaluations; fused
-    # into one another, they were thousands.
+    # into one another, they were several hundred.
     assert _flops(ours, y0, args) < 200 * _flops(field, y0, args)
