@@ -105,9 +105,8 @@ def heat(size: int) -> Problem:
 
 
 def heat_periodic(size: int) -> Problem:
-    """`ReversibleAdjoint` is slow here, by what XLA makes of it on a CPU: it fuses the
-    stages of a step, and then computes much of each of them anew for each of the four
-    neighbours. With `XLA_FLAGS=--xla_disable_hlo_passes=fusion` it is not slow."""
+    """What XLA would fuse on a CPU, so that much of each stage would be computed anew
+    for each of the four neighbours: see `diffrax/_fence.py`."""
 
     def neighbours(xp, y):
         vertical = xp.roll(y, 1, 0) + xp.roll(y, -1, 0)

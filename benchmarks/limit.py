@@ -126,12 +126,9 @@ def coupled(
     return gradient
 
 
-def reversible_heun(
-    solver: diffrax.AbstractSolver, field: Field, t1: float, num_steps: int
-) -> Gradient:
+def reversible_heun(field: Field, t1: float, num_steps: int) -> Gradient:
     """The same for `ReversibleHeun`, the linearisation of which at the end of a step is
     that at the start of the next one."""
-    del solver
     h = t1 / num_steps
 
     def gradient(params, y0):

@@ -37,9 +37,6 @@ cases are there because it loses on them:
   (`BacksolveAdjoint`, and `odeint` of JAX) has the same error there in less memory;
 - three numbers of state: whatever is stored is nothing, `ForwardMode` needs the least,
   and compiling takes a thousand times as long as the gradient;
-- the periodic heat equation, written with `roll`: XLA, on a CPU, makes a slow program
-  of it, several times as slow as for the other adjoints, the stages of which are in a
-  loop. Written with `pad`, the heat equation has no such effect;
 - the SDE along a `VirtualBrownianTree`, the evaluation of which takes most of the time,
   with any adjoint. `UnsafeBrownianPath` is what helps.
 

@@ -384,8 +384,7 @@ def test_readme_shows_what_was_measured():
     text = " ".join(text.split())
     for solver in ("`Tsit5", "`UReversible(Tsit5)"):
         row = measured[solver, "`ReversibleAdjoint()`", 1000]
-        assert row["undone"] == 0 and "undoes none of these 1000 steps" in text
-        assert f"makes each of them again, {row['replays']:.2f} times" in text
+        assert f"undoes {round(1000 * row['undone'])} of the 1000 steps" in text
     sizes = {
         (adjoint, n): measured["`Tsit5", f"`{adjoint}()`", n]["temp_bytes"]
         for adjoint in ("RecursiveCheckpointAdjoint", "ReversibleAdjoint")

@@ -258,6 +258,42 @@ def _peers() -> str:
     return _table([*head, "Quickest other", "Least MiB of others"], cells)
 
 
+def _ratio(row: dict[str, Any], what: str, of: str, to: str) -> str:
+    if of not in row or to not in row:
+        return ""
+    return f"{row[of][what] / row[to][what]:.2f}"
+
+
+def _ratios() -> str:
+    head = ["Problem", "Time", "To the loop", "Not certified", "Solve alone"]
+    cells = [
+        [
+            row["case"],
+            _ratio(row, "seconds", "ours", "recursive"),
+            _ratio(row, "seconds", "ours", "limit"),
+            _ratio(row, "seconds", "uncertified", "limit"),
+            _ratio(row, "seconds", "solve", "stock_solve"),
+            _ratio(row, "compile_seconds", "ours", "recursive"),
+            _ratio(row, "temp_bytes", "ours", "recursive"),
+            _ratio(row, "temp_bytes", "nothing_stored", "limit"),
+        ]
+        for row in _read("ratios")
+    ]
+    return _table([*head, "Compiling", "Memory", "Memory to the loop"], cells)
+
+
+def _least() -> str:
+    cells = []
+    for row in _read("least"):
+        line = [_code(row["solver"])]
+        for kind, least in row["least"].items():
+            line.append(f"{row['reached'][kind]:.1f} ({least})")
+        certified = row["certified"]["backward"] - row["reached"]["backward"]
+        cells.append([*line, f"{certified:.1f}"])
+    head = ["Solver", "Solve", "Way back", "Transposed", "Certificate"]
+    return _table(head, cells)
+
+
 def _peers_machine() -> str:
     return _machine("peers")
 
@@ -282,6 +318,8 @@ tables = {
     "evaluations": _evaluations,
     "replays": _replays,
     "machine": _machine,
+    "ratios": _ratios,
+    "least": _least,
     "peers": _peers,
     "peers machine": _peers_machine,
 }
