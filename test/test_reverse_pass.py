@@ -435,7 +435,11 @@ def test_least_cost(solver, num_stages, checkpoints, certificate):
 
 @pytest.mark.parametrize(
     "solver, num_stages, t1",
-    ((diffrax.Heun(), 2, 0.1), (diffrax.Bosh3(), 3, 0.5), (diffrax.Tsit5(), 6, 5.0)),
+    (
+        (diffrax.Heun(), 2, 0.1),
+        pytest.param(diffrax.Bosh3(), 3, 0.5, marks=pytest.mark.slow),
+        pytest.param(diffrax.Tsit5(), 6, 5.0, marks=pytest.mark.slow),
+    ),
 )
 def test_cost_of_corrections(solver, num_stages, t1):
     n = 100
