@@ -263,13 +263,13 @@ def _replay(solve: _Solve, terms, step, y0, args, solver_state):
 
 def _step(solve: _Solve, terms, step, y0, args, solver_state, has_output):
     reversal, _ = solve
-    terms = fence(_with_controls(solve, terms, step), step.t0, y0, args)
+    terms = fence(_with_controls(solve, terms, step), y0)
     return as_arrays(reversal.step(terms, step, y0, args, solver_state, has_output))
 
 
 def _step_back(solve: _Solve, terms, step, y1, args, hint):
     reversal, _ = solve
-    terms = fence(_with_controls(solve, terms, step), step.t1, y1, args)
+    terms = fence(_with_controls(solve, terms, step), y1)
     return as_arrays(reversal.step_back(terms, step, y1, args, hint))
 
 

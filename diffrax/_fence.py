@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, PyTree
 
-from ._custom_types import Args, RealScalarLike, Y
+from ._custom_types import RealScalarLike, Y
 from ._known_controls import map_single_terms, TermWithControl
 from ._term import AbstractTerm
 
@@ -41,25 +41,52 @@ _never_fused = {
 }
 
 
+class _Seen:
+    """What is known of the evaluations of a term: for each method of it, and each
+    structure of `y`, the structure of what it returns, or `None` if there is to be no
+    branch around it."""
+
+    def __init__(self):
+        self.structs: dict[Any, PyTree[jax.ShapeDtypeStruct] | None] = {}
+
+
 class _Fenced(TermWithControl):
-    """A term, each evaluation of which is in a branch, that is always taken."""
+    """A term, the evaluations of which are in a branch, that is always taken."""
+
+    seen: _Seen = eqx.field(static=True)
 
     def contr(self, t0, t1, **kwargs):
         return self.wrapped.contr(t0, t1, **kwargs)
 
     def vf(self, t, y, args):
-        return _in_branch(lambda: self.wrapped.vf(t, y, args), t)
+        return self._evaluate("vf", lambda: self.wrapped.vf(t, y, args), t, y)
 
     def vf_prod(self, t, y, args, control):
-        return _in_branch(lambda: self.wrapped.vf_prod(t, y, args, control), t)
+        fn = lambda: self.wrapped.vf_prod(t, y, args, control)
+        return self._evaluate("vf_prod", fn, t, y)
+
+    def _evaluate(
+        self, name: str, fn: Callable[[], PyTree[Array]], t: RealScalarLike, y: Y
+    ) -> PyTree[Array]:
+        # Not of the whole state, if there are several terms.
+        if _size(y) < _least_size:
+            return fn()
+        leaves, treedef = jtu.tree_flatten(y)
+        key = name, treedef, *((jnp.shape(x), jnp.result_type(x)) for x in leaves)
+        if key not in self.seen.structs:
+            closed, struct, static = eqx.filter_make_jaxpr(fn)()
+            is_simple = len(jtu.tree_leaves(static)) == 0
+            is_fused = is_simple and not _has_any(closed.jaxpr, _never_fused)
+            self.seen.structs[key] = struct if is_fused else None
+        struct = self.seen.structs[key]
+        if struct is None:
+            return fn()
+        zeros = lambda: jtu.tree_map(lambda x: jnp.zeros(x.shape, x.dtype), struct)
+        return lax.cond(_true_on_cpu(t), fn, zeros)
 
 
-def _in_branch(fn: Callable[[], PyTree[Array]], t: RealScalarLike) -> PyTree[Array]:
-    struct = eqx.filter_eval_shape(fn)
-    if not all(isinstance(x, jax.ShapeDtypeStruct) for x in jtu.tree_leaves(struct)):
-        return fn()
-    zeros = lambda: jtu.tree_map(lambda x: jnp.zeros(x.shape, x.dtype), struct)
-    return lax.cond(_true_on_cpu(t), fn, zeros)
+def _size(y: Y) -> int:
+    return sum(math.prod(jnp.shape(x)) for x in jtu.tree_leaves(y))
 
 
 def _true_on_cpu(t: RealScalarLike) -> Bool[Array, ""]:
@@ -73,21 +100,11 @@ def _true_on_cpu(t: RealScalarLike) -> Bool[Array, ""]:
     )
 
 
-def fence(
-    terms: PyTree[AbstractTerm], t: RealScalarLike, y: Y, args: Args
-) -> PyTree[AbstractTerm]:
-    """The same terms, each with a fence around it if it needs one."""
-
-    def _fence(term: Any) -> Any:
-        return _Fenced(term) if _is_fused(lambda: term.vf(t, y, args)) else term
-
-    size = sum(math.prod(jnp.shape(x)) for x in jtu.tree_leaves(y))
-    return terms if size < _least_size else map_single_terms(_fence, terms)
-
-
-def _is_fused(fn: Callable[[], PyTree]) -> bool:
-    closed, _, _ = eqx.filter_make_jaxpr(fn)()
-    return not _has_any(closed.jaxpr, _never_fused)
+def fence(terms: PyTree[AbstractTerm], y: Y) -> PyTree[AbstractTerm]:
+    """The same terms, with a fence around each evaluation that needs one."""
+    if _size(y) < _least_size:
+        return terms
+    return map_single_terms(lambda term: _Fenced(term, _Seen()), terms)
 
 
 def _has_any(jaxpr: Any, names: set[str]) -> bool:
