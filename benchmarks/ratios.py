@@ -42,7 +42,6 @@ class Case:
     dtype: str = "float32"
 
 
-_base = gradient.SOLVERS["Tsit5"]
 CASES = {
     "neural ODE": Case("mlp", 1000),
     "neural ODE, float64": Case("mlp", 1000, dtype="float64"),
