@@ -95,8 +95,9 @@ def _noise(x: Array, step: IntScalarLike) -> Array:
     for shift, factor in ((15, 0x2C1B3C6D), (12, 0x297A2D39)):
         bits = (bits ^ (bits >> np.uint32(shift))) * np.uint32(factor)
     bits = bits ^ (bits >> np.uint32(15))
-    unit = (bits >> np.uint32(1)).astype(jnp.int32).astype(jnp.finfo(x.dtype).dtype)
-    return (unit * 2.0**-30 - 1).reshape(x.shape)
+    # Not at once in the precision of `x`: 2^31 is infinite in some.
+    unit = (bits >> np.uint32(1)).astype(jnp.int32).astype(jnp.float32) * 2.0**-30 - 1
+    return unit.astype(jnp.finfo(x.dtype).dtype).reshape(x.shape)
 
 
 def rounding(

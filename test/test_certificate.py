@@ -16,6 +16,8 @@ import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
 import pytest
+from diffrax import _rounding_probe
+from diffrax._rounding_probe import rounding
 from diffrax._sketch import sketch
 
 
@@ -282,6 +284,43 @@ def test_sketch(shape, dtype):
     for i in range(x.size):
         other, _ = sketch((x.ravel().at[i].add(1).reshape(x.shape), x))
         assert abs(other[0] - products[0]) > 1e-3
+
+
+@pytest.mark.parametrize("dtype", (jnp.float16, jnp.bfloat16, jnp.float32, float))
+def test_rounding(dtype):
+    # Errors of one unit of each entry at most, which add up as independent ones do.
+    x = jnp.linspace(-1, 1, 1000).astype(dtype)
+    eps = float(jnp.finfo(dtype).eps)
+    errors = jax.vmap(lambda i: rounding(x, i))(jnp.arange(400)).astype(float)
+    assert np.all(np.abs(errors) <= 1.01 * eps * np.abs(x.astype(float)))
+    total = jnp.sqrt(jnp.mean(jnp.sum(errors, axis=0) ** 2))
+    each = jnp.sqrt(jnp.mean(errors**2))
+    np.testing.assert_allclose(total, 20 * each, rtol=0.1)
+    # And of the largest entry, as much as it has a share in what is added.
+    more = rounding(jnp.array([0, 1], dtype), 1, jnp.array(0.5))
+    assert 0 < jnp.abs(more[0]) <= 0.5 * eps
+
+
+def test_rounding_over_several_steps(monkeypatch):
+    # Where steps are small, the error is carried over four of them at a time: as far as
+    # over one by one.
+    decay = diffrax.ODETerm(lambda t, y, args: -3 * y)
+
+    def report():
+        jax.clear_caches()
+        return eqx.filter_jit(diffrax.reversal_report)(
+            lambda adjoint, y0: _loss(
+                adjoint, y0, None, terms=decay, dt0=0.01, max_steps=128
+            ),
+            _y0,
+            adjoint=diffrax.ReversibleAdjoint(0),
+        ).rounding[0]
+
+    several = report()
+    monkeypatch.setattr(_rounding_probe, "_longest_wait", 0)
+    one = report()
+    assert several != one
+    np.testing.assert_allclose(several, one, rtol=0.1)
 
 
 @pytest.mark.parametrize("max_corrections", (0, 1))
