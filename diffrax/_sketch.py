@@ -8,14 +8,18 @@ from jaxtyping import Array, PyTree
 
 
 def _pattern(size: int, dtype: Any) -> Array:
-    """Of no symmetry, so that it is not orthogonal to anything in particular."""
+    """Of no symmetry, so that it is not orthogonal to anything in particular. Its mean
+    square is one, so that products with it are as large as what they tell apart."""
     index = jnp.arange(size, dtype=jnp.finfo(dtype).dtype)
-    return jnp.cos(1.0 + 2.4 * index).astype(dtype)
+    pattern = jnp.cos(1.0 + 2.4 * index)
+    return (pattern / jnp.sqrt(jnp.mean(pattern**2))).astype(dtype)
 
 
 def _times_pattern(x: Array) -> Array:
     """The product with a pattern of rank one, which is not made, as it would be as
     large as `x`."""
+    if x.size == 0:
+        return jnp.zeros((), x.dtype)
     matrix = x.reshape(-1, x.shape[-1] if x.ndim > 1 else 1)
     rows, columns = (_pattern(size, x.dtype) for size in matrix.shape)
     return rows @ (matrix @ columns)
