@@ -102,6 +102,26 @@ class Known(eqx.Module):
         )
 
 
+class Stretch(eqx.Module):
+    """Which steps make up a segment, and what is known of it: all that is constant
+    while going back over it.
+
+    - `start`, `target`: the numbers of the steps between which it is, from the end.
+    - `known`: which states are.
+    - `exact`: whether those at the end of each step are known as well, so that there is
+        nothing to be certified.
+    - `try_last`: whether the last step is first to be undone like any other.
+    - `size`: how large each entry of `y` is.
+    """
+
+    start: Int[Array, ""]
+    target: Int[Array, ""]
+    known: Known
+    exact: Bool[Array, ""]
+    try_last: Bool[Array, ""]
+    size: PyTree[Array]
+
+
 class ReversePass(eqx.Module):
     """Goes back over all steps, by `step`."""
 
@@ -128,10 +148,10 @@ class ReversePass(eqx.Module):
         closed = self.step.closed
         start = position.index
         is_short = start - target <= 1
-        is_long = jnp.array(False)
+        try_last = jnp.array(False)
         if closed.certificate == "full" and closed.reversal.can_step_back:
-            is_long = jnp.invert(is_short | known.all_)
-        # The end is known, too. (But a report is to tell of every step.)
+            try_last = jnp.invert(is_short | known.all_)
+        # But a report is to tell of every step.
         exact = known.all_ | is_short
         if closed.checkpoints == 0 or trace.rows is not None:
             exact = jnp.array(False)
@@ -141,6 +161,7 @@ class ReversePass(eqx.Module):
             lambda: zeros_like(jtu.tree_map(jnp.abs, filter_inexact(y0))),
             lambda: known_size(y0, position.y),
         )
+        stretch = Stretch(start, jnp.asarray(target), known, exact, try_last, size)
 
         def cond_fun(val: Segment):
             go_on = True
@@ -148,64 +169,71 @@ class ReversePass(eqx.Module):
                 # Whoever corrects this much is better off making the segment again.
                 most = 8 + 2 * (start - val.position.index)
                 go_on = (val.missed <= 1) & (val.corrections <= most)
+                # There is no more to be made again than this.
+                go_on = go_on | known.all_
             return (val.position.index > target) & go_on
 
-        def body_fun(val: Segment):
-            index = val.position.index - 1
-            is_last = index <= target
-            try_ = is_last & is_long & ~val.tried
-            is_known = (is_last | known.all_) & ~try_
-            round_ = self.step(
-                val.position, val.search, is_known, exact, known.read(index), size
-            )
-            new, done, signals = round_.position, round_.done, round_.signals
-            sketch_, norms = lax.cond(
-                eqxi.unvmap_any(try_ | val.tried),
-                lambda: sketch(stop_gradient(_cotangents(new))),
-                lambda: (val.sketch, jnp.abs(val.sketch)),
-            )
-            differs = relative_distance(
-                sketch_, val.sketch, norms, self.step.tolerance()
-            )
-            # Of every step of the segment, it is only this one that tells.
-            length = jnp.asarray(start - index, differs.dtype)
-            differs = jnp.where(val.tried, length * differs, 0)
-            signals = eqx.tree_at(lambda s: s.cotangents, signals, differs)
-            signals = jtu.tree_map(
-                lambda x: jnp.where(jnp.isnan(x), jnp.inf, x), signals
-            )
-            corrections, search = jnp.array(0), None
-            if round_.search is not None:
-                was_found = done & jnp.invert(is_known)
-                corrections = jnp.where(was_found, round_.search.num_corrections, 0)
-                search = round_.search.next(is_known)
-            trace = val.trace.undone(
-                index, round_.step, signals, is_known, val.tried, corrections, done
-            )
-            missed = signals.worst(is_known)
-            if closed.certificate == "off":
-                missed = jnp.zeros_like(missed)
-            position = where(done & jnp.invert(try_), new, val.position)
-            return Segment(
-                position=position,
-                search=search,
-                missed=jnp.where(done, jnp.maximum(val.missed, missed), val.missed),
-                lost=jnp.where(val.missed > self.step.too_much(), val.lost, index),
-                corrections=val.corrections + corrections,
-                tried=val.tried | (try_ & done),
-                sketch=jnp.where(try_, sketch_, val.sketch),
-                trace=trace,
-                meter=self._show_progress(position.index, val.meter),
-            )
-
-        val = self._start(position, exact, planned, trace, meter)
         return eqxi.while_loop(
             cond_fun,
-            body_fun,
-            val,
+            lambda val: self._go_back(val, stretch),
+            self._start(position, exact, planned, trace, meter),
             buffers=lambda val: val.trace.buffers,
             kind="lax",
         )
+
+    def _go_back(self, val: Segment, stretch: Stretch) -> Segment:
+        """Goes back over one step, or one round of looking for its start."""
+        index = val.position.index - 1
+        is_last = index <= stretch.target
+        try_ = is_last & stretch.try_last & ~val.tried
+        is_known = (is_last | stretch.known.all_) & ~try_
+        state0 = stretch.known.read(index)
+        round_ = self.step(
+            val.position, val.search, is_known, stretch.exact, state0, stretch.size
+        )
+        new, done = round_.position, round_.done
+        sketch_, differs = self._compare(val, new, try_)
+        # Of every step of the segment, it is only this one that tells.
+        length = jnp.asarray(stretch.start - index, differs.dtype)
+        differs = jnp.where(val.tried, length * differs, 0)
+        signals = eqx.tree_at(lambda s: s.cotangents, round_.signals, differs)
+        signals = jtu.tree_map(lambda x: jnp.where(jnp.isnan(x), jnp.inf, x), signals)
+        corrections, search = jnp.array(0), None
+        if round_.search is not None:
+            was_found = done & jnp.invert(is_known)
+            corrections = jnp.where(was_found, round_.search.num_corrections, 0)
+            search = round_.search.next(is_known)
+        trace = val.trace.undone(
+            index, round_.step, signals, is_known, val.tried, corrections, done
+        )
+        missed = signals.worst(is_known)
+        if self.step.closed.certificate == "off":
+            missed = jnp.zeros_like(missed)
+        position = where(done & jnp.invert(try_), new, val.position)
+        return Segment(
+            position=position,
+            search=search,
+            missed=jnp.where(done, jnp.maximum(val.missed, missed), val.missed),
+            lost=jnp.where(val.missed > self.step.too_much(), val.lost, index),
+            corrections=val.corrections + corrections,
+            tried=val.tried | (try_ & done),
+            sketch=jnp.where(try_, sketch_, val.sketch),
+            trace=trace,
+            meter=self._show_progress(position.index, val.meter),
+        )
+
+    def _compare(
+        self, val: Segment, new: Position, try_: BoolScalarLike
+    ) -> tuple[Array, Real[Array, ""]]:
+        """A sketch of the cotangents, where that is needed; and by how much it differs
+        from the last one."""
+        sketch_, norms = lax.cond(
+            eqxi.unvmap_any(try_ | val.tried),
+            lambda: sketch(stop_gradient(_cotangents(new))),
+            lambda: (val.sketch, jnp.abs(val.sketch)),
+        )
+        differs = relative_distance(sketch_, val.sketch, norms, self.step.tolerance())
+        return sketch_, differs
 
     def _start(
         self,
