@@ -370,12 +370,12 @@ def measure(
     return rows
 
 
-def provenance() -> dict[str, Any]:
-    """Where and with what this is measured."""
+def provenance(*peers: str) -> dict[str, Any]:
+    """Where and with what this is measured. `peers` are further packages."""
     here = pathlib.Path(__file__).parent
     git = ["git", "-C", str(here), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    packages = ("diffrax", "equinox", "jax", "jaxlib", "numpy")
+    packages = ("diffrax", "equinox", "jax", "jaxlib", "numpy", *peers)
     return dict(
         commit=commit or None,
         device=jax.devices()[0].device_kind,

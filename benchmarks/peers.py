@@ -55,12 +55,10 @@ import contextlib
 import ctypes
 import dataclasses
 import importlib
-import importlib.metadata
 import importlib.util
 import json
 import os
 import pathlib
-import platform
 import shutil
 import subprocess
 import sys
@@ -68,6 +66,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import gradient
 import matplotlib
 import matplotlib.ticker
 import numpy as np
@@ -334,11 +333,11 @@ def try_row(
         prepared = prepare(problem, method, case.work)
         row.update(prepared.details)
         try:
-            gradient = prepared.flatten(prepared.run())
+            found = prepared.flatten(prepared.run())
         except AssertionError as e:  # By torchdiffeq, of what is not finite, say.
             row["failed"] = str(e).split(":")[0]
             return row, None
-    error = relative_error(gradient, true_gradient)
+    error = relative_error(found, true_gradient)
     if not np.isfinite(error):
         row["failed"] = "not finite"
     elif error >= 1:
@@ -391,23 +390,6 @@ def measure(case: Case, references: References, repeats: int) -> list[dict[str, 
     return rows
 
 
-def get_provenance(threads: int) -> dict[str, Any]:
-    """Where and with what this is measured."""
-    git = ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    packages = ["diffrax", "equinox", "jax", "jaxlib", "numpy"]
-    packages += filter(is_installed, ["torch", "torchdiffeq", "torchsde"])
-    return dict(
-        commit=commit or None,
-        device=importlib.import_module("jax").devices()[0].device_kind,
-        machine=platform.machine(),
-        threads=threads,
-        python=platform.python_version(),
-        versions={name: importlib.metadata.version(name) for name in packages},
-        date=time.strftime("%Y-%m-%d"),
-    )
-
-
 def print_row(row: dict[str, Any]) -> None:
     work = f"{row['steps']:,} steps" if row["tol"] is None else f"{row['tol']:.0e}"
     name = f"{row['tool']}, {row['solver']}, {row['gradient']} {row['noise']}"
@@ -432,7 +414,9 @@ def measure_all(cases: list[Case], repeats: int, output: pathlib.Path) -> None:
         )
         for case in cases
     ]
-    provenance = get_provenance(limit_threads())
+    threads = limit_threads()
+    peers = filter(is_installed, ["torch", "torchdiffeq", "torchsde"])
+    provenance = gradient.provenance(*peers) | dict(threads=threads)
     references = References()
     output.parent.mkdir(parents=True, exist_ok=True)
     for case in cases:
