@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Int, PyTree, Real
 
 from ._closed_function import close_function
 from ._custom_types import BoolScalarLike, IntScalarLike, Y
+from ._reverse_output import stop_gradient
 
 
 # Iterating further does not bring a step that is this near any nearer: the rounding
@@ -355,7 +356,7 @@ def invert_step(
     - `max_corrections`: how often to correct the first guess.
     """
     closed_step, closed_back = close_function(step, y1), close_function(step_back, y1)
-    fixed_step, fixed_back, fixed_y1 = _stop_gradient((closed_step, closed_back, y1))
+    fixed_step, fixed_back, fixed_y1 = stop_gradient((closed_step, closed_back, y1))
     no = jnp.array(False)
     search = Search.start(fixed_y1, planned=max_corrections + 2)
     search = search.look(
@@ -370,8 +371,3 @@ def invert_step(
     error = jnp.minimum(search.error, search.best_error)
     y0 = root(search.y0, y1, no, y1, closed_step, closed_back)
     return InvertedStep(y0, error)
-
-
-def _stop_gradient(tree: PyTree) -> PyTree:
-    arrays, rest = eqx.partition(tree, eqx.is_inexact_array)
-    return eqx.combine(lax.stop_gradient(arrays), rest)
