@@ -279,7 +279,9 @@ def _ratios() -> str:
         ]
         for row in _read("ratios")
     ]
-    return _table([*head, "Compiling", "Memory", "Memory to the loop"], cells)
+    table = _table([*head, "Compiling", "Memory", "Memory to the loop"], cells)
+    repeats = {row["repeats"] for row in _read("ratios")}
+    return f"{table}\n\nTimes are medians of {min(repeats)} runs."
 
 
 def _least() -> str:
