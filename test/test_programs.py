@@ -596,26 +596,26 @@ def test_tqdm_progress_meter(capfd):
     assert _percentages(capfd.readouterr().err) == [0, 2, 22, 42, 62, 82, 100]
 
 
-def _goes_from_start_to_end(percentages: list[float]) -> bool:
-    # Twice in between with one meter, and three times with the other; a segment that is
-    # made again may add to that.
+def _goes_from_start_to_end(percentages: list[float], between: int) -> bool:
+    # A segment that is made again may add a step to those in between.
     return (
         percentages[0] == 0
         and percentages[-1] == 100
         and percentages == sorted(percentages)
-        and 4 <= len(percentages) <= 6
+        and between <= len(percentages) - 2 <= between + 1
     )
 
 
 @pytest.mark.parametrize(
-    "meter, checkpoints",
+    "meter, checkpoints, between",
     (
-        (diffrax.TqdmProgressMeter(refresh_steps=20), 1),
-        (diffrax.TextProgressMeter(minimum_increase=0.3), 0),
+        # Of 50 steps, and one that is tried.
+        (diffrax.TqdmProgressMeter(refresh_steps=20), 1, 2),
+        (diffrax.TextProgressMeter(minimum_increase=0.3), 0, 3),
     ),
     ids=("tqdm", "text"),
 )
-def test_progress_meter_on_the_way_back(meter, checkpoints, capfd):
+def test_progress_meter_on_the_way_back(meter, checkpoints, between, capfd):
     def grad(**kwargs):
         adjoint = diffrax.ReversibleAdjoint(checkpoints=checkpoints, **kwargs)
         return jax.jit(jax.grad(_loss), static_argnums=1)(_params, adjoint)
@@ -623,7 +623,8 @@ def test_progress_meter_on_the_way_back(meter, checkpoints, capfd):
     _assert_close(grad(progress_meter=meter), grad(), rtol=1e-14)
     jax.effects_barrier()
     captured = capfd.readouterr()
-    assert _goes_from_start_to_end(_percentages(captured.err + captured.out))
+    percentages = _percentages(captured.err + captured.out)
+    assert _goes_from_start_to_end(percentages, between)
 
 
 @pytest.mark.slow
@@ -640,7 +641,7 @@ def test_transformed_progress_meter_on_the_way_back(transform, capfd):
     meter = diffrax.TextProgressMeter(minimum_increase=0.3)
     _assert_close(transformed(progress_meter=meter), transformed(), rtol=1e-14)
     jax.effects_barrier()
-    assert _goes_from_start_to_end(_percentages(capfd.readouterr().out))
+    assert _goes_from_start_to_end(_percentages(capfd.readouterr().out), between=3)
 
 
 def test_not_a_progress_meter():
