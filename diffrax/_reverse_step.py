@@ -12,7 +12,7 @@ import jax.extend as jex
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, Int, PyTree, Real
 
 from ._closed_solve import ClosedSolve
 from ._constant_record import ConstantRecord
@@ -122,6 +122,7 @@ class ReverseStep(eqx.Module):
         )
         undone = state0
         corrections = jnp.array(0)
+        off, aux, pulled_back = 0.0, None, None
 
         if not closed.reversal.can_step_back:
             y0, _ = state0
@@ -141,6 +142,10 @@ class ReverseStep(eqx.Module):
             y0, corrections = inverted.y0, inverted.num_corrections
             y1, aux = inverted.aux
             undone = inverted.guess, None
+        elif self.params[2].recall is not None:
+            y0, undone, y1, off, pulled_back = self._share(
+                step, position, known, state0, linearise, pull_back_controls
+            )
         else:
             undone = lax.cond(
                 eqxi.unvmap_all(known),
@@ -153,6 +158,7 @@ class ReverseStep(eqx.Module):
         # No part of the certificate is differentiated.
         end, known_end = stop_gradient((filter_inexact(y1), filter_inexact(position.y)))
         missed = relative_distance(end, known_end, size, self.tolerance())
+        missed = jnp.maximum(missed, stop_gradient(off) / self.tolerance())
         zero = jnp.zeros_like(missed)
         # Which of the two it is, depends on whether the start was known.
         signals = Signals(drift=missed, residual=missed, rounding=zero, cotangents=zero)
@@ -168,9 +174,10 @@ class ReverseStep(eqx.Module):
                 error[0], zeros_like(error[0]), size, self.tolerance()
             )
             signals = eqx.tree_at(lambda s: s.rounding, signals, grown)
-        position = self._pull_back(position, step, y0, aux, pull_back_controls)
+        if pulled_back is None:
+            pulled_back = self._pull_back(position, step, y0, aux, pull_back_controls)
         position = eqx.tree_at(
-            lambda p: p.error, position, error, is_leaf=lambda x: x is None
+            lambda p: p.error, pulled_back, error, is_leaf=lambda x: x is None
         )
         return position, signals, step, corrections
 
@@ -221,6 +228,48 @@ class ReverseStep(eqx.Module):
         args, terms, _ = self.params
         assert self.closed.step_back is not None
         return self.closed.step_back(terms, step, y1, args, hint)
+
+    def _share(
+        self,
+        step: Step,
+        position: Position,
+        known: BoolScalarLike,
+        state0: PyTree,
+        linearise: Callable,
+        pull_back_controls: Callable | None,
+    ) -> tuple[Y, PyTree, Y, Real[Array, ""], Position]:
+        """Goes back over a step, the evaluations for undoing which serve for
+        linearising it as well. Returns where it started; where undoing it led; where it
+        ends; by how much the evaluations are off; and the new position."""
+        args, terms, local = self.params
+        # What is as large as the parameters is added to where it is.
+        start = eqx.tree_at(lambda p: p.grads, position, zeros_like(position.grads))
+
+        def plain():
+            undone = lax.cond(
+                eqxi.unvmap_all(known),
+                lambda: state0,
+                lambda: self._step_back(step, position.y, position.hint),
+            )
+            y0, solver_state0 = where(known, state0, undone)
+            y1, aux = linearise(y0, solver_state0)
+            new = self._pull_back(start, step, y0, aux, pull_back_controls)
+            return y0, undone, y1, jnp.zeros((), jnp.result_type(float)), new
+
+        def shared():
+            y0, solver_state0, records = local.record_back(
+                terms, step, position.y, args, position.hint
+            )
+            y1, aux = linearise(y0, solver_state0, records)
+            new = self._pull_back(start, step, y0, aux, pull_back_controls)
+            *_, off = aux
+            return y0, (y0, solver_state0), y1, off, new
+
+        # A step from a known state is not undone. If it is one of a batch then neither
+        # is anything shared by the others.
+        *out, new = lax.cond(eqxi.unvmap_any(known), plain, shared)
+        grads = add(position.grads, new.grads)
+        return *out, eqx.tree_at(lambda p: p.grads, new, grads)
 
     def start_error(self, y: Y, hint: PyTree) -> PyTree[Array]:
         """What to set `Position.error` to, where the state is known."""
@@ -278,9 +327,10 @@ class ReverseStep(eqx.Module):
         has_grad_controls: bool,
         y0: Y,
         solver_state0: PyTree,
+        records: PyTree = None,
     ) -> tuple[Y, PyTree]:
-        """Makes a step. Returns `y1`, and all that is needed in order to pull back
-        cotangents through it."""
+        """Makes a step, from `records` if there are any. Returns `y1`, and all that is
+        needed in order to pull back cotangents through it."""
         diff_state, nondiff_state = eqx.partition(
             (y0, solver_state0), eqx.is_inexact_array
         )
@@ -296,7 +346,10 @@ class ReverseStep(eqx.Module):
                 eqx.combine(_controls, step.controls),
                 is_leaf=lambda x: x is None,
             )
-            y1, dense_info, solver_state1, hint0 = _closed.step(
+            make = _closed.step
+            if records is not None:
+                make = lambda *args: _closed.recall(*args, records)
+            y1, dense_info, solver_state1, hint0, *off = make(
                 _terms,
                 _with_times(_step, _times),
                 _y0,
@@ -307,9 +360,9 @@ class ReverseStep(eqx.Module):
             if no_output:
                 dense_info = None
             out = filter_inexact((y1, solver_state1, dense_info))
-            return out, (y1, dense_info, hint0)
+            return out, (y1, dense_info, hint0, off)
 
-        _, pull_back, (y1, dense_info, hint0) = jax.vjp(
+        _, pull_back, (y1, dense_info, hint0, off) = jax.vjp(
             _local,
             diff_state,
             self.diff_params,
@@ -317,7 +370,7 @@ class ReverseStep(eqx.Module):
             self._times(step),
             has_aux=True,
         )
-        return y1, (dense_info, hint0, pull_back)
+        return y1, (dense_info, hint0, pull_back, *off)
 
     def _pull_back(
         self,
@@ -327,7 +380,7 @@ class ReverseStep(eqx.Module):
         aux: PyTree,
         pull_back_controls: Callable | None,
     ) -> Position:
-        dense_info, hint0, pull_back = aux
+        dense_info, hint0, pull_back, *_ = aux
         index = position.index - 1
         grad_dense_info = None
         grad_times = zeros_like(self._times(step))

@@ -381,19 +381,22 @@ def _count(adjoint, solver, num_steps, t1, scale):
     field.defvjp(fwd, bwd)
 
     def solve(args):
+        terms = diffrax.ODETerm(lambda t, y, args: field(y, args))
+        y0 = jnp.array([1.0, 2.0])
+        if isinstance(solver, diffrax.SemiImplicitEuler):
+            terms, y0 = (terms, terms), (y0, y0)
         sol = diffrax.diffeqsolve(
-            diffrax.ODETerm(lambda t, y, args: field(y, args)),
+            terms,
             solver,
             0.0,
             t1,
             t1 / num_steps,
-            jnp.array([1.0, 2.0]),
+            y0,
             args,
             adjoint=adjoint,
             max_steps=num_steps + 1,
         )
-        assert sol.ys is not None
-        return jnp.sum(sol.ys)
+        return sum(jnp.sum(y) for y in jtu.tree_leaves(sol.ys))
 
     scale = jnp.asarray(scale)
     loss = lambda args: jnp.sum(jnp.vectorize(solve)(args))
