@@ -130,27 +130,33 @@ class RecordedField:
         residuals = [all_[i] for i in self._recorded]
         return self._complete(out), Evaluation(Point.of(call), out, residuals)
 
-    def recall(self, call: Call, evaluation: Evaluation) -> PyTree:
+    def recall(
+        self, call: Call, evaluation: Evaluation, perturbed: PyTree[Array]
+    ) -> PyTree:
         """The same, of an evaluation that was recorded at the same point: that can be
-        differentiated, and evaluates nothing."""
+        differentiated, and evaluates nothing. `perturbed` is anything that whoever does
+        so differentiates with respect to."""
 
         @jax.custom_vjp
-        def recall(diff, rest, out, residuals):
-            del diff, rest, residuals
+        def recall(diff, rest, out, residuals, perturbed):
+            del diff, rest, residuals, perturbed
             return out
 
-        def fwd(diff, rest, out, residuals):
+        def fwd(diff, rest, out, residuals, perturbed):
+            del perturbed
             return out, [*self._merge(diff, rest), *out, *residuals]
 
         def bwd(known, grad_out):
             leaves = [known[x] if isinstance(x, int) else x for x in self._sources]
             pull_back = jtu.tree_unflatten(self._pull_back_tree, leaves)
             grad_out = [g for g, x in zip(grad_out, self._is_inexact_out) if x]
-            return list(pull_back(grad_out)), None, None, None
+            return list(pull_back(grad_out)), None, None, None, None
 
         recall.defvjp(fwd, bwd)
         diff, rest = self._split(self._operands(call))
-        out = recall(diff, rest, evaluation.out, evaluation.residuals)
+        # If none of the operands were perturbed then this would be left as it is, in
+        # the way of who differentiates once more, in forward mode.
+        out = recall(diff, rest, evaluation.out, evaluation.residuals, perturbed)
         return self._complete(out)
 
     def _linearise(self, operands: list[Any]) -> None:

@@ -149,13 +149,14 @@ class SharedEvaluations:
         """Makes a step from what was evaluated when undoing it. Returns what that of
         the reversal does, and by how much the points are off at which that was."""
         pairs: list[tuple[Point, Evaluation]] = []
+        perturbed = eqx.filter(y0, eqx.is_inexact_array)
 
         def handle(call):
             evaluation = records[call.term][call.number]
             if evaluation is None:
                 return call.evaluate()
             pairs.append((Point.of(call), evaluation))
-            return self._field(call).recall(call, evaluation)
+            return self._field(call).recall(call, evaluation, perturbed)
 
         y1, dense_info, solver_state1, hint = self._reversal.step(
             _watch(terms, handle), step, y0, args, solver_state, has_output
