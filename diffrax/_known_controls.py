@@ -26,13 +26,11 @@ def is_single_term(x: Any) -> bool:
     return isinstance(x, AbstractTerm) and not hasattr(x, "terms")
 
 
-def single_terms(terms: PyTree[AbstractTerm]) -> list[Any]:
+def _leaves(terms: PyTree[AbstractTerm]) -> list[Any]:
     return jtu.tree_leaves(terms, is_leaf=is_single_term)
 
 
-def with_single_terms(
-    terms: PyTree[AbstractTerm], new: list[Any]
-) -> PyTree[AbstractTerm]:
+def _replace(terms: PyTree[AbstractTerm], new: list[Any]) -> PyTree[AbstractTerm]:
     treedef = jtu.tree_structure(terms, is_leaf=is_single_term)
     return jtu.tree_unflatten(treedef, new)
 
@@ -104,12 +102,12 @@ def listen(
     one over any other interval than from `t0` to `t1`."""
     notes: list[list[Any]] = []
     new = []
-    for term in single_terms(terms):
+    for term in _leaves(terms):
         notes.append([])
         if not _is_ode(term):
             term = _Listening(term, (t0, t1), notes[-1].append)
         new.append(term)
-    fn(with_single_terms(terms, new))
+    fn(_replace(terms, new))
     if any(None in noted for noted in notes):
         return None
     return tuple(tuple(sorted(set(noted))) for noted in notes)
@@ -121,7 +119,7 @@ def evaluate_controls(
     """The controls that are asked for of each term."""
     return [
         tuple(term.contr(t0, t1, **dict(key)) for key in keys)
-        for term, keys in zip(single_terms(terms), asked, strict=True)
+        for term, keys in zip(_leaves(terms), asked, strict=True)
     ]
 
 
@@ -129,12 +127,10 @@ def know_controls(
     asked: Asked, terms: PyTree[AbstractTerm], controls: PyTree
 ) -> PyTree[AbstractTerm]:
     """The terms, with what `evaluate_controls` returned in place of their controls."""
-    return with_single_terms(
+    return _replace(
         terms,
         [
             _Knowing(term, keys, values) if keys else term
-            for term, keys, values in zip(
-                single_terms(terms), asked, controls, strict=True
-            )
+            for term, keys, values in zip(_leaves(terms), asked, controls, strict=True)
         ],
     )

@@ -20,7 +20,8 @@ import jax.tree_util as jtu
 from jaxtyping import Array, PyTree, Real
 
 from ._custom_types import Args, BoolScalarLike, DenseInfo, Y
-from ._known_controls import single_terms, TermWithControl, with_single_terms
+from ._known_controls import is_single_term, TermWithControl
+from ._point_distance import distance
 from ._recorded_field import Call, Evaluation, Point, RecordedField
 from ._reversal import AbstractReversal
 from ._step_record import Step
@@ -63,11 +64,12 @@ def _watch(
             return Call(term, -1, name, arguments).evaluate()
         return handle(Call.of(term, next(counter), name, arguments))
 
+    leaves, treedef = jtu.tree_flatten(terms, is_leaf=is_single_term)
     watched = [
         _Watched(term, ft.partial(evaluate, i, it.count()))
-        for i, term in enumerate(single_terms(terms))
+        for i, term in enumerate(leaves)
     ]
-    return with_single_terms(terms, watched)
+    return jtu.tree_unflatten(treedef, watched)
 
 
 class _Heard(NamedTuple):
@@ -90,7 +92,7 @@ class SharedEvaluations:
 
     def __init__(self, reversal: AbstractReversal, terms: PyTree[AbstractTerm]):
         self._reversal = reversal
-        self._num_terms = len(single_terms(terms))
+        self._num_terms = len(jtu.tree_leaves(terms, is_leaf=is_single_term))
         self._fields: list[tuple[int, str, RecordedField]] = []
         # For each term and evaluation in a step, that in a step back.
         self._plan: list[list[int | None]] = []
@@ -162,7 +164,7 @@ class SharedEvaluations:
             _watch(terms, handle), step, y0, args, solver_state, has_output
         )
         inexact = eqx.filter((pairs, step.t0, step.t1, y0, y1), eqx.is_inexact_array)
-        off = _distance(*lax.stop_gradient(inexact))
+        off = distance(*lax.stop_gradient(inexact))
         return y1, dense_info, solver_state1, hint, off
 
     def _field(self, call: Call) -> RecordedField:
@@ -241,66 +243,3 @@ def _plan(
             )
         plan.append(k)
     return plan
-
-
-def _distance(
-    pairs: list[tuple[Point, Evaluation]], t0: Any, t1: Any, y0: Y, y1: Y
-) -> Real[Array, ""]:
-    """By how much the points that were asked for differ from those that were recorded,
-    as a fraction of how large `t` and `y` are over the step.
-
-    (A fraction of how large the point is by itself would not do: a state that passes
-    through zero is not had to that.)"""
-    groups: dict[Any, list[tuple[Point, Evaluation]]] = {}
-    for point, evaluation in pairs:
-        groups.setdefault(_shapes((point, evaluation.out)), []).append(
-            (point, evaluation)
-        )
-    zero = jnp.zeros((), jnp.result_type(float))
-    largest = ft.reduce(jnp.maximum, _largest(y0, y1), zero)
-    size_t = _largest(t0, t1)
-    distances = []
-    for group in groups.values():
-        recorded = [evaluation.point for _, evaluation in group]
-        off = [
-            jtu.tree_map(lambda a, b: a - b, point, evaluation.point)
-            for point, evaluation in group
-        ]
-        points = [point.y for point in recorded]
-        if _shapes(points[0]) == _shapes(y0):
-            size_y = _largest(y0, y1, *points)
-        else:
-            # Of a part of the state, it is not known which.
-            size = ft.reduce(jnp.maximum, _largest(*points), largest)
-            size_y = it.repeat(size)
-        distances += _ratios(_largest(*(x.t for x in off)), size_t)
-        distances += _ratios(_largest(*(x.y for x in off)), size_y)
-        # An increment of the control may be much smaller than what it is the difference
-        # of, to which it is had. But then, so is what comes of it.
-        size_control = _largest(*(x.control for x in recorded))
-        of_control = _ratios(_largest(*(x.control for x in off)), size_control)
-        of_control = ft.reduce(jnp.maximum, of_control, zero)
-        increments = _ratios(_largest(*(e.out for _, e in group)), size_y)
-        distances += [jnp.where(of_control == 0, 0, of_control * x) for x in increments]
-    return ft.reduce(jnp.maximum, distances, zero)
-
-
-def _shapes(tree: PyTree[Array]) -> Any:
-    leaves, structure = jtu.tree_flatten(tree)
-    return structure, tuple((x.shape, x.dtype) for x in leaves)
-
-
-def _largest(*trees: PyTree[Array]) -> list[Real[Array, ""]]:
-    """The largest absolute value in each leaf of all trees."""
-    leaves = zip(*map(jtu.tree_leaves, trees), strict=True)
-    return [
-        # All trees at once, so that each is gone through a single time.
-        jnp.max(ft.reduce(jnp.maximum, map(jnp.abs, x)), initial=0).astype(
-            jnp.result_type(float)
-        )
-        for x in leaves
-    ]
-
-
-def _ratios(xs: list[Real[Array, ""]], sizes: Any) -> list[Real[Array, ""]]:
-    return [jnp.where(x == 0, 0, x / size) for x, size in zip(xs, sizes)]
