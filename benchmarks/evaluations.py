@@ -31,6 +31,7 @@ import argparse
 import io
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Any, IO
 
 import diffrax
@@ -66,18 +67,23 @@ def _counted(field: Any, counts: list[list[None]]) -> Any:
     return counted
 
 
+def count_calls(field: Any, run: Callable[[Any], Any]) -> tuple[int, int, int]:
+    """How often the vector field is evaluated by itself, linearised, and transposed, by
+    `run(counted)`, with `counted` to be used in its place."""
+    counts: list[list[None]] = [[], [], []]
+    jax.block_until_ready(run(_counted(field, counts)))
+    jax.effects_barrier()
+    primal, linearised, transposed = map(len, counts)
+    return primal, linearised, transposed
+
+
 def evaluations_per_step(
     problem: Problem, adjoint: diffrax.AbstractAdjoint, num_steps: int
 ) -> float:
-    counts: list[list[None]] = [[], [], []]
-    terms = diffrax.ODETerm(_counted(problem.field, counts))
-
-    @jax.jit
-    @jax.grad
-    def grad(y0__params):
+    def loss(field, y0__params):
         y0, params = y0__params
         sol = diffrax.diffeqsolve(
-            terms,
+            diffrax.ODETerm(field),
             diffrax.Tsit5(),
             t0=0.0,
             t1=problem.t1,
@@ -89,9 +95,12 @@ def evaluations_per_step(
         )
         return sum(jnp.sum(y**2) for y in jtu.tree_leaves(sol.ys))
 
-    jax.block_until_ready(grad((problem.y0, problem.params)))
-    jax.effects_barrier()
-    return sum(map(len, counts)) / num_steps
+    inputs = problem.y0, problem.params
+    counts = count_calls(
+        problem.field,
+        lambda field: jax.jit(jax.grad(lambda x: loss(field, x)))(inputs),
+    )
+    return sum(counts) / num_steps
 
 
 def count_evaluations(args: argparse.Namespace, file: IO[str]) -> None:

@@ -19,7 +19,8 @@ Some problems are there because something loses on them. On `van_der_pol`, `lore
 `ReversibleAdjoint` has to make many of them again. On these and on `decay`, the pair of
 states of `UReversible` is unstable (see its docstring), so that the solve fails where
 the same Runge--Kutta method by itself does not. With few steps, as on `mlp` with 100,
-`ReversibleAdjoint` needs more memory than `RecursiveCheckpointAdjoint`.
+`ReversibleAdjoint` needs more memory than `RecursiveCheckpointAdjoint`. Those with
+`_large` or `_adaptive` in their name, and `convolution`, are for `ratios.py`.
 
 With each row of `ReversibleAdjoint` stands how many of the steps it undid, and how many
 times it made steps again, both divided by their number. With `--count`, these are
@@ -73,12 +74,16 @@ OURS = "ReversibleAdjoint"
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """`y' = field(t, y, params)` from `t=0` to `t1`."""
+    """`y' = field(t, y, params)` from `t=0` to `t1`. With constant steps, and saved at
+    `t1`, unless there is a `tolerance`: then with adaptive steps, and `num_saved` times
+    to save."""
 
     field: Callable[[Any, Array, PyTree[Array]], Array]
     t1: float
     params: PyTree[Array]
     y0: Array
+    tolerance: float | None = None
+    num_saved: int = 1
 
 
 def _mlp() -> Problem:
@@ -145,6 +150,42 @@ def _heat() -> Problem:
     return Problem(field, 1.0, jnp.array(65.0), y0)
 
 
+def _mlp_adaptive() -> Problem:
+    """The neural ODE with adaptive steps, faster, and with 50 times to save."""
+    problem = _mlp()
+    field = lambda t, y, p: 20 * problem.field(t, y, p)
+    return dataclasses.replace(problem, field=field, tolerance=1e-6, num_saved=50)
+
+
+def _heat_large() -> Problem:
+    """The heat equation on 100,000 points: a large state, a cheap field."""
+    x = jnp.linspace(0, 1, 100_002)[1:-1]
+    y0 = jnp.sin(jnp.pi * x) + 0.1 * jnp.sin(20 * jnp.pi * x)
+    return dataclasses.replace(_heat(), params=jnp.array(50.0), y0=y0)
+
+
+def _convolution() -> Problem:
+    """A convolutional network of two layers."""
+    keys = jr.split(jr.key(0))
+    params = (
+        jr.normal(keys[0], (3, 3, 8, 16)) / 8,
+        jr.normal(keys[1], (3, 3, 16, 8)) / 12,
+    )
+
+    def field(t, y, params):
+        for i, weight in enumerate(params):
+            y = jax.lax.conv_general_dilated(
+                jnp.tanh(y) if i > 0 else y,
+                weight,
+                (1, 1),
+                "SAME",
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            )
+        return y
+
+    return Problem(field, 1.0, params, jr.normal(jr.key(1), (8, 16, 16, 8)))
+
+
 def _decay() -> Problem:
     """`y' = -rate * y`: `UReversible` is unstable here, and its solve fails."""
     field = lambda t, y, rate: -rate * y
@@ -153,11 +194,14 @@ def _decay() -> Problem:
 
 PROBLEMS = dict(
     mlp=_mlp,
+    mlp_adaptive=_mlp_adaptive,
     pendulum=_pendulum,
     wave=_wave,
     van_der_pol=_van_der_pol,
     lorenz=_lorenz,
     heat=_heat,
+    heat_large=_heat_large,
+    convolution=_convolution,
     decay=_decay,
 )
 
@@ -165,6 +209,14 @@ PROBLEMS = dict(
 def make_loss(
     problem: Problem, solver: diffrax.AbstractSolver, num_steps: int
 ) -> Callable[[diffrax.AbstractAdjoint, tuple[PyTree[Array], Array]], Array]:
+    dt0: float | None = problem.t1 / num_steps
+    controller: diffrax.AbstractStepSizeController = diffrax.ConstantStepSize()
+    saveat = diffrax.SaveAt(t1=True)
+    if problem.tolerance is not None:
+        dt0 = None
+        controller = diffrax.PIDController(problem.tolerance, problem.tolerance)
+        saveat = diffrax.SaveAt(ts=jnp.linspace(0, problem.t1, problem.num_saved))
+
     def loss(adjoint, params_and_y0):
         params, y0 = params_and_y0
         sol = diffrax.diffeqsolve(
@@ -172,16 +224,18 @@ def make_loss(
             solver,
             t0=0.0,
             t1=problem.t1,
-            dt0=problem.t1 / num_steps,
+            dt0=dt0,
             y0=y0,
             args=params,
+            saveat=saveat,
+            stepsize_controller=controller,
             adjoint=adjoint,
             max_steps=num_steps,
             throw=False,
         )
         failed = sol.result != diffrax.RESULTS.successful
         assert sol.ys is not None
-        return jnp.where(failed, jnp.nan, jnp.sum(sol.ys[-1] ** 2))
+        return jnp.where(failed, jnp.nan, jnp.sum(sol.ys**2))
 
     return loss
 

@@ -22,8 +22,15 @@ from ._closed_function import close_function, ClosedFunction
 from ._constant_record import ConstantRecord
 from ._custom_types import Args, BoolScalarLike, IntScalarLike, RealScalarLike, Y
 from ._event import Event
+from ._fence import fence
 from ._heuristics import is_unsafe_sde
-from ._known_controls import Asked, evaluate_controls, know_controls, listen
+from ._known_controls import (
+    Asked,
+    evaluate_controls,
+    has_no_controls,
+    know_controls,
+    listen,
+)
 from ._progress_meter import AbstractProgressMeter
 from ._reversal import AbstractReversal
 from ._saveat import save_y, SaveAt, SubSaveAt
@@ -275,24 +282,22 @@ def _replay(solve: _Solve, terms, step, y0, args, solver_state):
 
 def _step(solve: _Solve, terms, step, y0, args, solver_state, has_output):
     reversal, _ = solve
-    terms = _with_controls(solve, terms, step)
+    terms = fence(_with_controls(solve, terms, step), step.t0, y0, args)
     return as_arrays(reversal.step(terms, step, y0, args, solver_state, has_output))
 
 
-def _record_back(solve: _Solve, shared: SharedEvaluations, terms, step, *rest):
-    terms = _with_controls(solve, terms, step)
-    y0, solver_state0, records = shared.record_back(terms, step, *rest)
+def _record_back(shared: SharedEvaluations, terms, step, y1, args, hint):
+    y0, solver_state0, records = shared.record_back(terms, step, y1, args, hint)
     return *as_arrays((y0, solver_state0)), records
 
 
-def _recall(solve: _Solve, shared: SharedEvaluations, terms, step, *rest):
-    terms = _with_controls(solve, terms, step)
-    return as_arrays(shared.recall(terms, step, *rest))
+def _recall(shared: SharedEvaluations, *args):
+    return as_arrays(shared.recall(*args))
 
 
 def _step_back(solve: _Solve, terms, step, y1, args, hint):
     reversal, _ = solve
-    terms = _with_controls(solve, terms, step)
+    terms = fence(_with_controls(solve, terms, step), step.t1, y1, args)
     return as_arrays(reversal.step_back(terms, step, y1, args, hint))
 
 
@@ -342,7 +347,7 @@ def _listen(
     same for the same interval. So it is refused if any other is asked for than that of
     the whole step."""
     is_unsafe = is_unsafe_sde(terms)
-    if not (reversal.knows_controls or is_unsafe):
+    if not is_unsafe and (not reversal.knows_controls or has_no_controls(terms)):
         return None
     asked: list[Asked | None] = []
 
@@ -587,14 +592,17 @@ def _close_shared(
     """`LocalSolve.record_back` and `LocalSolve.recall`."""
     reversal, _ = solve
     terms, step, y, args, solver_state, _ = step_args
-    with_controls = _with_controls(solve, terms, step)
-    shared = SharedEvaluations.of(reversal, with_controls, step, y, args, solver_state)
+
+    def prepare(terms, step, t, y, args):
+        return fence(_with_controls(solve, terms, step), t, y, args)
+
+    shared = SharedEvaluations.of(reversal, prepare, terms, step, y, args, solver_state)
     if shared is None:
         return None, None
     back_args = terms, step, y, args, hint
-    record_back = close_function(ft.partial(_record_back, solve, shared), *back_args)
+    record_back = close_function(ft.partial(_record_back, shared), *back_args)
     *_, records = eqx.filter_eval_shape(record_back, *back_args)
-    recall = close_function(ft.partial(_recall, solve, shared), *step_args, records)
+    recall = close_function(ft.partial(_recall, shared), *step_args, records)
     return record_back, recall
 
 

@@ -2,19 +2,19 @@
 
 import functools as ft
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import equinox as eqx
 import equinox.internal as eqxi
 import jax
-import jax.extend as jex
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from equinox.internal import ω
 from jaxtyping import Array, Bool, Int, PyTree, Real
 
-from ._custom_types import BoolScalarLike, Y
+from ._closed_function import close_function
+from ._custom_types import BoolScalarLike, IntScalarLike, Y
 
 
 # Iterating further does not bring a step that is this near any nearer: the rounding
@@ -45,242 +45,240 @@ def relative_distance(
     return ft.reduce(jnp.maximum, distances, jnp.zeros((), jnp.result_type(float)))
 
 
-class _Traced:
-    """A function, traced once, whose outputs of which some are among its inputs (as the
-    parameters of the vector field are among what its derivative needs) can do without
-    these, so as not to copy them at every iteration of a loop."""
+class Search(eqx.Module):
+    """Looking for where a step started that ended at `y1`.
 
-    def __init__(self, fn: Callable[[Y], PyTree[Array]], y: Y):
-        def flat(*leaves):
-            out = fn(jtu.tree_unflatten(in_tree, leaves))
-            leaves_out, out_tree = jtu.tree_flatten(out)
-            out_trees.append(out_tree)
-            return leaves_out
+    It starts from `step_back(y1)`, an approximate inverse, and corrects that by
 
-        out_trees = []
-        leaves, in_tree = jtu.tree_flatten(y)
-        closed = jax.make_jaxpr(flat)(*leaves)
-        [self._out_tree] = out_trees
-        jaxpr = closed.jaxpr
-        known = dict(zip(jaxpr.constvars, closed.consts))
-        self._jaxpr = closed
-        self._known = [
-            x.val if isinstance(x, jex.core.Literal) else known.get(x)
-            for x in jaxpr.outvars
-        ]
-        self.struct = [
-            jax.ShapeDtypeStruct(x.shape, x.dtype)
-            for x, value in zip(closed.out_avals, self._known)
-            if value is None
-        ]
+        y0 <- y0 + step_back(y1) - step_back(step(y0))
 
-    @property
-    def consts(self) -> list[Any]:
-        """What the function closes over."""
-        return self._jaxpr.consts
+    until `step(y0)` is within 16 units of rounding of `y1`, for each leaf; or until two
+    rounds have not halved the distance, when it goes back to the best of all.
 
-    def __call__(self, y: Y, consts: list[Any]) -> list[Array]:
-        """The outputs that are not known without evaluating anything."""
-        closed = jex.core.ClosedJaxpr(self._jaxpr.jaxpr, consts)
-        out = jex.core.jaxpr_as_fun(closed)(*jtu.tree_leaves(y))
-        return [x for x, value in zip(out, self._known) if value is None]
+    The step from `y0` is needed with its linearisation in the end. So `look` corrects
+    as often as it is expected to take without finding out whether the last of these
+    was enough. To `judge` that is for whoever then makes the step; who has to `look`
+    again if it was not.
 
-    def complete(self, outputs: list[Array]) -> PyTree:
-        """All outputs, in the structure that the function returned them."""
-        remaining = iter(outputs)
-        leaves = [next(remaining) if x is None else x for x in self._known]
-        return jtu.tree_unflatten(self._out_tree, leaves)
+    - `index`: how many `y0` there were.
+    - `y0`: where to start from.
+    - `end`: where that led to. `is_judged`: whether that is known, and was judged.
+    - `target`: what `step_back` makes of `y1`.
+    - `error`: by how much `end` misses that, in units of rounding.
+    - `best_y0`, `best_error`: from where it missed by the least so far.
+    - `stalled`: how many rounds did not halve the best error.
+    - `at_best`: whether `y0` is the best of all, or is to be that next.
+    - `done`: whether `y0` is it.
+    - `planned`: how many corrections are expected to be needed.
+    """
 
-
-class _Iteration(eqx.Module):
     index: Int[Array, ""]
-    # Where the step starts; where it then ends; and what else comes of making it.
     y0: Y
-    outputs: list[Array]
-    # What `step_back` makes of where the step is to end.
+    end: Y
+    is_judged: Bool[Array, ""]
     target: Y
-    # How far the step misses, the least that it has missed by, and from where.
     error: Real[Array, ""]
-    best_error: Real[Array, ""]
     best_y0: Y
-    # How many rounds did not halve the best error.
+    best_error: Real[Array, ""]
     stalled: Int[Array, ""]
     at_best: Bool[Array, ""]
     done: Bool[Array, ""]
+    planned: Int[Array, ""]
 
+    @classmethod
+    def start(cls, y1: Y, planned: IntScalarLike = 0) -> "Search":
+        infinity = jnp.array(jnp.inf, jnp.result_type(float))
+        return cls(
+            index=jnp.array(0),
+            y0=y1,
+            end=y1,
+            is_judged=jnp.array(True),
+            target=y1,
+            error=infinity,
+            best_y0=y1,
+            best_error=infinity,
+            stalled=jnp.array(0),
+            at_best=jnp.array(False),
+            done=jnp.array(False),
+            planned=jnp.asarray(planned),
+        )
 
-def _start(y1: Y, outputs: list[Array]) -> _Iteration:
-    infinity = jnp.array(jnp.inf, jnp.result_type(float))
-    return _Iteration(
-        index=jnp.array(0),
-        y0=y1,
-        outputs=outputs,
-        target=y1,
-        error=infinity,
-        best_error=infinity,
-        best_y0=y1,
-        stalled=jnp.array(0),
-        at_best=jnp.array(False),
-        done=jnp.array(False),
-    )
+    @property
+    def num_corrections(self) -> Int[Array, ""]:
+        """How often the first guess was corrected."""
+        return self.index - 1
 
+    def know(self, y0: Y) -> "Search":
+        """There is no need to look."""
+        return eqx.tree_at(lambda s: s.y0, self, y0)
 
-class InvertedStep(eqx.Module):
-    """What `invert_step` found.
+    def accept(self) -> "Search":
+        """`y0` is it."""
+        return eqx.tree_at(lambda s: s.done, self, jnp.array(True))
 
-    - `y0`: where the step starts.
-    - `guess`: what `step_back` returned for `y1`. Has no meaning if `y0` was known.
-    - `aux`: what else `step` returned there.
-    - `error`: by how much it misses `y1`, in units of rounding.
-    - `num_corrections`: how often the first guess was corrected.
-    """
+    def next(self, known: BoolScalarLike) -> "Search":
+        """If `done`: for the step before that. Otherwise the same one, to be
+        corrected."""
+        done = self.done
+        planned = jnp.where(done, self.num_corrections, self.index)
+        return eqx.tree_at(
+            lambda s: (s.index, s.is_judged, s.at_best, s.done, s.planned),
+            self,
+            (
+                jnp.where(done, 0, self.index),
+                jnp.array(True),
+                self.at_best & jnp.invert(done),
+                jnp.array(False),
+                jnp.where(known, self.planned, planned),
+            ),
+        )
 
-    y0: Y
-    guess: Y
-    aux: Any
-    error: Real[Array, ""]
-    num_corrections: Int[Array, ""]
+    def look(
+        self,
+        step: Callable[[Y], Y],
+        step_back: Callable[[Y, BoolScalarLike], Y],
+        y1: Y,
+        known: BoolScalarLike,
+        start: Y,
+        max_corrections: int,
+    ) -> "Search":
+        """What to try next. That is `start` in the first round, if that is `known`.
+        `step_back` is a function of `(y, is_y1)`, the second of which is `False` if `y`
+        is not `y1` for any member of a batch."""
 
+        def cond_fun(carry):
+            _, is_ready = carry
+            return jnp.invert(is_ready)
 
-def _next_y0(
-    val: _Iteration,
-    step_back: Callable[[Y, BoolScalarLike], Y],
-    end: Y,
-    y1: Y,
-    known: BoolScalarLike,
-    start: Y,
-) -> tuple[Y, Y]:
-    """What to try next, where the step from `val.y0` led to `end`. And `val.target`."""
-    is_first = val.index == 0
-    end = jtu.tree_map(lambda a, b: jnp.where(is_first, a, b), y1, end)
-    back = lax.cond(
-        eqxi.unvmap_any(~(val.at_best | (is_first & known))),
-        lambda: step_back(end, is_first),
-        lambda: end,
-    )
-    corrected = (val.y0**ω + val.target**ω - back**ω).ω
-    # A guess of NaN would be the end of it.
-    finite = [jnp.all(jnp.isfinite(x)) for x in jtu.tree_leaves(back)]
-    is_finite = ft.reduce(jnp.logical_and, finite, jnp.array(True))
+        def body_fun(carry):
+            search, _ = carry
+            search = lax.cond(
+                eqxi.unvmap_all(search.is_judged),
+                lambda: search,
+                lambda: search.where_not_judged(
+                    search.judge(step(search.y0), y1, False, max_corrections)
+                ),
+            )
+            new = search.propose(step_back, y1, known, start)
+            is_ready = known | new.at_best | (new.num_corrections >= new.planned)
+            new = jtu.tree_map(lambda a, b: jnp.where(search.done, a, b), search, new)
+            return new, search.done | is_ready
 
-    def choose(start, guess, correction, best, y1):
-        guess = jnp.where(is_finite, guess, y1)
-        first = jnp.where(known, start, guess)
-        return jnp.where(is_first, first, jnp.where(val.at_best, best, correction))
+        search, _ = eqxi.while_loop(
+            cond_fun, body_fun, (self, jnp.array(False)), kind="lax"
+        )
+        return search
 
-    y0 = jtu.tree_map(choose, start, back, corrected, val.best_y0, y1)
-    target = jtu.tree_map(lambda a, b: jnp.where(is_first, a, b), back, val.target)
-    return y0, target
+    def where_not_judged(self, other: "Search") -> "Search":
+        return jtu.tree_map(lambda a, b: jnp.where(self.is_judged, a, b), self, other)
 
+    def propose(
+        self,
+        step_back: Callable[[Y, BoolScalarLike], Y],
+        y1: Y,
+        known: BoolScalarLike,
+        start: Y,
+    ) -> "Search":
+        """The next `y0`, after the one before has been judged."""
+        is_first = self.index == 0
+        end = jtu.tree_map(lambda a, b: jnp.where(is_first, a, b), y1, self.end)
+        back = lax.cond(
+            eqxi.unvmap_any(jnp.invert(self.at_best | (is_first & known))),
+            lambda: step_back(end, is_first),
+            lambda: end,
+        )
+        # A guess of NaN would be the end of it.
+        finite = [jnp.all(jnp.isfinite(x)) for x in jtu.tree_leaves(back)]
+        is_finite = ft.reduce(jnp.logical_and, finite, jnp.array(True))
 
-class _Problem(NamedTuple):
-    """The functions that are passed to `invert_step`, but for what they close over."""
+        def choose(start, back, y0, target, best, y1):
+            guess = jnp.where(is_finite, back, y1)
+            first = jnp.where(known, start, guess)
+            corrected = y0 + (target - back)
+            return jnp.where(is_first, first, jnp.where(self.at_best, best, corrected))
 
-    step: _Traced
-    step_back: _Traced
-    max_corrections: int
+        y0 = jtu.tree_map(choose, start, back, self.y0, self.target, self.best_y0, y1)
+        target = jtu.tree_map(lambda a, b: jnp.where(is_first, a, b), back, self.target)
+        return eqx.tree_at(
+            lambda s: (s.index, s.y0, s.is_judged, s.target),
+            self,
+            (self.index + 1, y0, jnp.array(False), target),
+        )
 
-    def end(self, y0: Y, consts: list[Any]) -> Y:
-        """Where the step from `y0` ends."""
-        y1, _ = self.step.complete(self.step(y0, consts))
-        return y1
-
-    def back(self, y: Y, is_y1: BoolScalarLike, consts: list[Any]) -> Y:
-        return self.step_back.complete(self.step_back((y, jnp.asarray(is_y1)), consts))
-
-
-# The derivative of an iteration is behind that iteration: it would still be wrong in
-# the digits that the last round was for. So this has a rule of its own.
-@eqx.filter_custom_jvp
-def _invert(
-    y1: Y,
-    start: Y,
-    known: Bool[Array, ""],
-    consts: list[Any],
-    back_consts: list[Any],
-    *,
-    problem: _Problem,
-) -> _Iteration:
-    """The last iterate. `start` is where the step starts, if `known`."""
-    size1 = max_abs(y1)
-
-    def distance(y0, outputs):
-        end, _ = problem.step.complete(outputs)
-        size = jtu.tree_map(jnp.maximum, size1, max_abs(y0))
-        return relative_distance(end, y1, size)
-
-    def step_back(y, is_y1):
-        return problem.back(y, is_y1, back_consts)
-
-    def body_fun(val: _Iteration) -> _Iteration:
-        end, _ = problem.step.complete(val.outputs)
-        y0, target = _next_y0(val, step_back, end, y1, known, start)
-        outputs = problem.step(y0, consts)
-        error = distance(y0, outputs)
-        halved = error <= 0.5 * val.best_error
-        stalled = jnp.where(halved, 0, val.stalled + 1)
-        is_best = error < val.best_error
-        best_error = jnp.where(is_best, error, val.best_error)
-        best_y0 = jtu.tree_map(lambda a, b: jnp.where(is_best, a, b), y0, val.best_y0)
-        given_up = (stalled >= 2) | (val.index >= problem.max_corrections)
+    def judge(
+        self, end: Y, y1: Y, known: BoolScalarLike, max_corrections: int
+    ) -> "Search":
+        """What has become of it, if a step from `y0` led to `end`."""
+        is_first = self.index <= 1
+        size = jtu.tree_map(jnp.maximum, max_abs(y1), max_abs(self.y0))
+        error = relative_distance(end, y1, size)
+        last_error = jnp.where(is_first, jnp.inf, self.best_error)
+        last_stalled = jnp.where(is_first, 0, self.stalled)
+        stalled = jnp.where(error <= 0.5 * last_error, 0, last_stalled + 1)
+        best_error = jnp.where(error < last_error, error, last_error)
+        is_best = is_first | (error < last_error)
+        best_y0 = jtu.tree_map(
+            lambda a, b: jnp.where(is_best, a, b), self.y0, self.best_y0
+        )
+        given_up = (stalled >= 2) | (self.num_corrections >= max_corrections)
         done = (
             known
             | (error <= _tolerance)
-            | val.at_best
+            | self.at_best
             | (given_up & (error <= 2 * best_error))
         )
-        return _Iteration(
-            index=val.index + 1,
-            y0=y0,
-            outputs=outputs,
-            target=target,
+        return Search(
+            index=self.index,
+            y0=self.y0,
+            end=end,
+            is_judged=jnp.array(True),
+            target=self.target,
             error=error,
-            best_error=best_error,
             best_y0=best_y0,
+            best_error=best_error,
             stalled=stalled,
             at_best=given_up,
-            done=jnp.asarray(done),
+            done=self.done | done,
+            planned=self.planned,
         )
 
-    zeros = [jnp.zeros(x.shape, x.dtype) for x in problem.step.struct]
-    return eqxi.while_loop(
-        lambda val: ~val.done, body_fun, _start(y1, zeros), kind="lax"
-    )
+
+@eqx.filter_custom_jvp
+def root(
+    y0: Y,
+    y1: Y,
+    known: BoolScalarLike,
+    start: Y,
+    step: Callable[[Y], Y],
+    step_back: Callable[[Y], Y],
+) -> Y:
+    """Returns `y0`, of which it is known that `step(y0) == y1`.
+
+    What is differentiated is that equation, in place of the iteration by which it was
+    solved: the derivative of that is behind it, and would still be wrong in the digits
+    that the last round was for. If `known` then `y0` is `start`.
+
+    `step` and `step_back` are PyTrees of all that they depend on.
+    """
+    del y1, known, start, step, step_back
+    return y0
 
 
-@_invert.def_jvp
-def _invert_jvp(primals, tangents, *, problem: _Problem):
-    """Differentiates the equation that the step ends at `y1`."""
-    y1, _, known, consts, back_consts = primals
-    val = _invert(*primals, problem=problem)
-    t_y1, t_start, _, t_consts, _ = jtu.tree_map(_instantiate, primals, tangents)
-    diff_consts, nondiff_consts = eqx.partition(consts, eqx.is_inexact_array)
-
-    def end(_diff_consts):
-        return problem.end(val.y0, eqx.combine(_diff_consts, nondiff_consts))
-
-    _, t_end = jax.jvp(end, (diff_consts,), (t_consts,))
-    rhs = (t_y1**ω - t_end**ω).ω
+@root.def_jvp
+def _root_jvp(primals, tangents):
+    y0, y1, known, start, step, step_back = primals
+    _, t_y1, _, t_start, t_step, _ = tangents
+    t_y1, t_start = jtu.tree_map(_instantiate, (y1, start), (t_y1, t_start))
+    if all(x is None for x in jtu.tree_leaves(t_step, is_leaf=lambda x: x is None)):
+        rhs = t_y1
+    else:
+        _, t_end = eqx.filter_jvp(lambda _step: _step(y0), (step,), (t_step,))
+        rhs = (t_y1**ω - t_end**ω).ω
     rhs = jtu.tree_map(lambda x: jnp.where(known, 0, x), rhs)
-    _, derivative = jax.linearize(lambda y0: problem.end(y0, consts), val.y0)
-    _, inverse = jax.linearize(
-        lambda y: problem.back(y, jnp.array(False), back_consts), y1
-    )
+    _, derivative = jax.linearize(step, y0)
+    _, inverse = jax.linearize(step_back, y1)
     solution = solve_linear(derivative, inverse, rhs)
-    t_y0 = jtu.tree_map(lambda a, b: jnp.where(known, a, b), t_start, solution)
-
-    def outputs(y0, _diff_consts):
-        out = problem.step(y0, eqx.combine(_diff_consts, nondiff_consts))
-        return eqx.filter(out, eqx.is_inexact_array)
-
-    _, t_outputs = jax.jvp(outputs, (val.y0, diff_consts), (t_y0, t_consts))
-    none = jtu.tree_map(lambda _: None, val)
-    return val, eqx.tree_at(
-        lambda v: (v.y0, v.outputs),
-        none,
-        (t_y0, t_outputs),
-        is_leaf=lambda x: x is None,
-    )
+    return y0, jtu.tree_map(lambda a, b: jnp.where(known, a, b), t_start, solution)
 
 
 def _instantiate(x: Any, tangent: Any) -> Any:
@@ -330,43 +328,50 @@ def _norm(tree: PyTree[Array]) -> Real[Array, ""]:
     return jnp.sqrt(sum(squares, jnp.zeros((), dtype)))
 
 
+class InvertedStep(eqx.Module):
+    """What `invert_step` found.
+
+    - `y0`: where the step starts.
+    - `error`: by how much it misses `y1`, in units of rounding.
+    """
+
+    y0: Y
+    error: Real[Array, ""]
+
+
 def invert_step(
-    step: Callable[[Y], tuple[Y, PyTree[Array]]],
-    step_back: Callable[[Y, BoolScalarLike], Y],
+    step: Callable[[Y], Y],
+    step_back: Callable[[Y], Y],
     y1: Y,
-    known: BoolScalarLike = False,
-    known_y0: Y | None = None,
     max_corrections: int = 16,
 ) -> InvertedStep:
-    """Solves `step(y0) == y1` for `y0`.
-
-    Starts from `step_back(y1)`, an approximate inverse, and corrects it by
-
-        y0 <- y0 + step_back(y1) - step_back(step(y0))
-
-    until `step(y0)` is within 16 units of rounding of `y1`, for each leaf; or until two
-    rounds have not halved the distance, when the best of all is returned.
+    """Solves `step(y0) == y1` for `y0`, by a `Search`.
 
     **Arguments:**
 
-    - `step`: a function of `y0` that returns `(y1, aux)`.
-    - `step_back`: a function of `(y, is_y1)`. The second is `False` if `y` is not `y1`
-        for any member of the batch.
+    - `step`: a function of `y0` that returns `y1`.
+    - `step_back`: an approximate inverse of that.
     - `y1`: where the step is to end. All of its leaves are floating-point arrays.
-    - `known`: if `True` then `y0` is `known_y0`, and no more is done than to evaluate
-        `step` there.
     - `max_corrections`: how often to correct the first guess.
     """
-    traced = _Traced(step, y1)
-    back = _Traced(lambda y: step_back(*y), (y1, jnp.array(True)))
-    start = y1 if known_y0 is None else known_y0
-    val = _invert(
-        y1,
-        start,
-        jnp.asarray(known),
-        traced.consts,
-        back.consts,
-        problem=_Problem(traced, back, max_corrections),
+    closed_step, closed_back = close_function(step, y1), close_function(step_back, y1)
+    fixed_step, fixed_back, fixed_y1 = _stop_gradient((closed_step, closed_back, y1))
+    no = jnp.array(False)
+    search = Search.start(fixed_y1, planned=max_corrections + 2)
+    search = search.look(
+        fixed_step,
+        lambda y, is_y1: fixed_back(y),
+        fixed_y1,
+        no,
+        fixed_y1,
+        max_corrections,
     )
-    _, aux = traced.complete(val.outputs)
-    return InvertedStep(val.y0, val.target, aux, val.error, val.index - 1)
+    # If it has gone back to the best of all then that is what it was judged by.
+    error = jnp.minimum(search.error, search.best_error)
+    y0 = root(search.y0, y1, no, y1, closed_step, closed_back)
+    return InvertedStep(y0, error)
+
+
+def _stop_gradient(tree: PyTree) -> PyTree:
+    arrays, rest = eqx.partition(tree, eqx.is_inexact_array)
+    return eqx.combine(lax.stop_gradient(arrays), rest)

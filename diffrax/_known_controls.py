@@ -35,10 +35,21 @@ def _replace(terms: PyTree[AbstractTerm], new: list[Any]) -> PyTree[AbstractTerm
     return jtu.tree_unflatten(treedef, new)
 
 
+def map_single_terms(
+    fn: Callable[[Any], Any], terms: PyTree[AbstractTerm]
+) -> PyTree[AbstractTerm]:
+    return _replace(terms, list(map(fn, _leaves(terms))))
+
+
 def _is_ode(term: Any) -> bool:
     while hasattr(term, "term"):
         term = term.term
     return isinstance(term, ODETerm)
+
+
+def has_no_controls(terms: PyTree[AbstractTerm]) -> bool:
+    """Whether there is nothing to be known, as all terms are `ODETerm`s."""
+    return all(map(_is_ode, _leaves(terms)))
 
 
 def _key(kwargs: dict[str, Any]) -> tuple[tuple[str, Any], ...]:

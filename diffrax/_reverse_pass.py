@@ -15,14 +15,14 @@ import equinox.internal as eqxi
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Bool, Int, PyTree, Real
+from jaxtyping import Array, Bool, Int, PyTree, Real, Shaped
 
 from ._closed_solve import as_arrays
 from ._custom_types import BoolScalarLike, IntScalarLike, RealScalarLike
-from ._invert_step import relative_distance
-from ._reverse_output import stop_gradient
+from ._invert_step import relative_distance, Search
+from ._reverse_output import filter_inexact, stop_gradient, zeros_like
 from ._reverse_step import known_size, Position, ReverseStep, where
-from ._rounding_probe import sketch
+from ._sketch import sketch, sketch_dtype
 from ._step_trace import StepTrace
 from ._stored_states import StoredStates
 
@@ -31,6 +31,8 @@ class Segment(eqx.Module):
     """How far going back over a segment has come.
 
     - `position`: where it is.
+    - `search`: looking for the start of the step that ends there. `None` if that is not
+        how steps are undone.
     - `missed`: the certificate: how far this may be off, as a fraction of what is
         tolerated.
     - `lost`: the number of the step at which that first was too much for a gradient.
@@ -42,11 +44,12 @@ class Segment(eqx.Module):
     """
 
     position: Position
+    search: Search | None
     missed: Real[Array, ""]
     lost: Int[Array, ""]
     corrections: Int[Array, ""]
     tried: Bool[Array, ""]
-    sketch: PyTree[Array]
+    sketch: Shaped[Array, " leaves"]
     trace: StepTrace
     meter: PyTree
 
@@ -72,6 +75,33 @@ class Worst(eqx.Module):
         )
 
 
+class Known(eqx.Module):
+    """Which states are known while going back over a segment.
+
+    - `near`, `state`: the number of a step, and the state that it starts from.
+    - `all_`: whether the others are all known, too: those of `stored`, or `start`, that
+        of the solve.
+    """
+
+    near: Int[Array, ""]
+    state: PyTree
+    all_: Bool[Array, ""]
+    stored: StoredStates | None
+    start: PyTree
+
+    def read(self, index: IntScalarLike) -> PyTree:
+        """The state that step `index` starts from, if that is known."""
+        if self.stored is None:
+            return self.state
+        stored = self.stored
+        is_near = index == self.near
+        return lax.cond(
+            eqxi.unvmap_all(is_near | jnp.invert(self.all_)),
+            lambda: self.state,
+            lambda: where(is_near, self.state, stored.read(index, self.start)),
+        )
+
+
 class ReversePass(eqx.Module):
     """Goes back over all steps, by `step`."""
 
@@ -85,22 +115,32 @@ class ReversePass(eqx.Module):
         self,
         position: Position,
         target: IntScalarLike,
-        state: PyTree,
+        known: Known,
+        planned: IntScalarLike,
         trace: StepTrace,
         meter: PyTree,
     ) -> Segment:
-        """Goes back to step `target`, which starts from `state`.
+        """Goes back to step `target`.
 
-        Unless there is no other, the last step is first undone like any other, which
-        shows what difference it makes to the cotangents that the state from which it
-        started was known."""
+        Unless all is known, or there is no other step, the last one is first undone
+        like any other, which shows what difference it makes to the cotangents that the
+        state from which it started was known."""
         closed = self.step.closed
         start = position.index
+        is_short = start - target <= 1
         is_long = jnp.array(False)
         if closed.certificate == "full" and closed.reversal.can_step_back:
-            is_long = start - target > 1
-        y0, _ = state
-        size = known_size(y0, position.y)
+            is_long = jnp.invert(is_short | known.all_)
+        # The end is known, too. (But a report is to tell of every step.)
+        exact = known.all_ | is_short
+        if closed.checkpoints == 0 or trace.rows is not None:
+            exact = jnp.array(False)
+        y0, _ = known.state
+        size = lax.cond(
+            eqxi.unvmap_all(exact),
+            lambda: zeros_like(filter_inexact(y0)),
+            lambda: known_size(y0, position.y),
+        )
 
         def cond_fun(val: Segment):
             go_on = True
@@ -114,14 +154,15 @@ class ReversePass(eqx.Module):
             index = val.position.index - 1
             is_last = index <= target
             try_ = is_last & is_long & ~val.tried
-            known = is_last & ~try_
-            new, signals, step, corrections = self.step(
-                val.position, known, state, size
+            is_known = (is_last | known.all_) & ~try_
+            round_ = self.step(
+                val.position, val.search, is_known, exact, known.read(index), size
             )
+            new, done, signals = round_.position, round_.done, round_.signals
             sketch_, norms = lax.cond(
                 eqxi.unvmap_any(try_ | val.tried),
                 lambda: sketch(stop_gradient(_cotangents(new))),
-                lambda: (val.sketch, jtu.tree_map(jnp.abs, val.sketch)),
+                lambda: (val.sketch, jnp.abs(val.sketch)),
             )
             differs = relative_distance(
                 sketch_, val.sketch, norms, self.step.tolerance()
@@ -133,25 +174,31 @@ class ReversePass(eqx.Module):
             signals = jtu.tree_map(
                 lambda x: jnp.where(jnp.isnan(x), jnp.inf, x), signals
             )
+            corrections, search = jnp.array(0), None
+            if round_.search is not None:
+                was_found = done & jnp.invert(is_known)
+                corrections = jnp.where(was_found, round_.search.num_corrections, 0)
+                search = round_.search.next(is_known)
             trace = val.trace.undone(
-                index, step, signals, known, val.tried, corrections
+                index, round_.step, signals, is_known, val.tried, corrections, done
             )
-            missed = signals.worst(known)
+            missed = signals.worst(is_known)
             if closed.certificate == "off":
                 missed = jnp.zeros_like(missed)
-            position = where(try_, val.position, new)
+            position = where(done & jnp.invert(try_), new, val.position)
             return Segment(
                 position=position,
-                missed=jnp.maximum(val.missed, missed),
+                search=search,
+                missed=jnp.where(done, jnp.maximum(val.missed, missed), val.missed),
                 lost=jnp.where(val.missed > self.step.too_much(), val.lost, index),
                 corrections=val.corrections + corrections,
-                tried=val.tried | try_,
-                sketch=where(try_, sketch_, val.sketch),
+                tried=val.tried | (try_ & done),
+                sketch=jnp.where(try_, sketch_, val.sketch),
                 trace=trace,
                 meter=self._show_progress(position.index, val.meter),
             )
 
-        val = self._start(position, trace, meter)
+        val = self._start(position, exact, planned, trace, meter)
         return eqxi.while_loop(
             cond_fun,
             body_fun,
@@ -160,19 +207,39 @@ class ReversePass(eqx.Module):
             kind="lax",
         )
 
-    def _start(self, position: Position, trace: StepTrace, meter: PyTree) -> Segment:
-        # Here the state is known.
-        error = self.step.start_error(position.y, position.hint)
+    def _start(
+        self,
+        position: Position,
+        exact: BoolScalarLike,
+        planned: IntScalarLike,
+        trace: StepTrace,
+        meter: PyTree,
+    ) -> Segment:
+        cotangents = _cotangents(position)
+        probe = position.probe
+        if probe is not None:
+            # Here the state is known.
+            probe = lax.cond(
+                eqxi.unvmap_all(exact),
+                lambda: probe,
+                lambda: self.step.start_probe(
+                    position.index, position.y, position.hint
+                ),
+            )
+        search = None
+        if self.step.closed.reversal.iterates:
+            search = stop_gradient(Search.start(position.y, planned))
         return Segment(
             position=eqx.tree_at(
-                lambda p: p.error, position, error, is_leaf=lambda x: x is None
+                lambda p: p.probe, position, probe, is_leaf=lambda x: x is None
             ),
+            search=search,
             missed=jnp.zeros((), jnp.result_type(float)),
             lost=position.index,
             corrections=jnp.array(0),
             tried=jnp.array(False),
-            sketch=jtu.tree_map(
-                lambda x: jnp.zeros((), x.dtype), _cotangents(position)
+            sketch=jnp.zeros(
+                len(jtu.tree_leaves(cotangents)), sketch_dtype(cotangents)
             ),
             trace=trace,
             meter=meter,
@@ -260,7 +327,8 @@ class ReversePass(eqx.Module):
         start = self.step.y0, solver_state0
         zero = jnp.array(0, position.index.dtype)
         if closed.checkpoints == 0:
-            all_ = self.segment(position, zero, start, trace, meter)
+            known = Known(zero, start, jnp.array(False), None, start)
+            all_ = self.segment(position, zero, known, zero, trace, meter)
             closed.progress_meter.close(all_.meter)
             return all_.position, Worst(all_.missed, all_.lost), all_.trace
         stored = stored.extend(closed.checkpoints).drop(position.index)
@@ -271,7 +339,7 @@ class ReversePass(eqx.Module):
             return position.index > 0
 
         def body_fun(carry):
-            position, worst, limit, rate, stored, trace, meter = carry
+            position, worst, limit, rate, planned, stored, trace, meter = carry
             first = stored.last()
             length = position.index - first
             state = stored.read(first, start)
@@ -279,9 +347,12 @@ class ReversePass(eqx.Module):
             if not closed.reversal.can_step_back:
                 again = jnp.array(True)
             again = eqxi.unvmap_any(again & (length > 1)) & (length > 1)
-            stop = jnp.where(again, position.index - 1, first)
-            state, stored, trace = self.replay(first, stop, again, state, stored, trace)
-            new = self.segment(position, stop, state, trace, meter)
+            near = jnp.where(again, position.index - 1, first)
+            has_room = again & (length - 2 <= stored.num_free)
+            state, stored, trace = self.replay(first, near, again, state, stored, trace)
+            known = Known(near, state, has_room, stored, start)
+            stop = jnp.where(has_room, first, near)
+            new = self.segment(position, stop, known, planned, trace, meter)
             undone = position.index - new.position.index
             is_whole = (new.missed <= 1) & (new.position.index == stop)
             is_right = eqxi.unvmap_all(is_whole | (length <= 1) | again)
@@ -295,7 +366,9 @@ class ReversePass(eqx.Module):
             rate = jnp.where(again, rate, new.corrections / jnp.maximum(undone, 1))
             position = where(is_right, new.position, position)
             stored = stored.drop(position.index)
-            return position, worst, limit, rate, stored, new.trace, new.meter
+            if new.search is not None:
+                planned = new.search.planned
+            return position, worst, limit, rate, planned, stored, new.trace, new.meter
 
         def buffers(carry):
             *_, stored, trace, _ = carry
@@ -306,7 +379,7 @@ class ReversePass(eqx.Module):
         position, worst, *_, trace, meter = eqxi.while_loop(
             cond_fun,
             body_fun,
-            (position, worst, no_limit, no_rate, stored, trace, meter),
+            (position, worst, no_limit, no_rate, zero, stored, trace, meter),
             buffers=buffers,
             kind="lax",
         )

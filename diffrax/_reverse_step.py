@@ -12,12 +12,18 @@ import jax.extend as jex
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Int, PyTree, Real
+from jaxtyping import Array, Bool, Int, PyTree, Real
 
 from ._closed_solve import ClosedSolve
 from ._constant_record import ConstantRecord
-from ._custom_types import BoolScalarLike, DenseInfo, IntScalarLike, Y
-from ._invert_step import invert_step, relative_distance
+from ._custom_types import (
+    BoolScalarLike,
+    DenseInfo,
+    IntScalarLike,
+    RealScalarLike,
+    Y,
+)
+from ._invert_step import relative_distance, root, Search
 from ._reverse_output import (
     add,
     Cursor,
@@ -27,7 +33,7 @@ from ._reverse_output import (
     stop_gradient,
     zeros_like,
 )
-from ._rounding_probe import advance, derivative, rounding
+from ._rounding_probe import advance, derivative, Probe, rounding, share_of
 from ._step_record import Step, StepRecord
 from ._step_times import TimeCotangents, TimeGradient
 from ._step_trace import Signals
@@ -47,8 +53,8 @@ class Position(eqx.Module):
     - `grads`: those of the parameters, so far.
     - `grad_times`: those of what the times of the steps depend on, so far. `None` if
         nobody asks for these.
-    - `error`: what rounding may have led to since the last state that was known: of
-        `y`, and of the solver state if that is the hint.
+    - `probe`: what rounding may have led to since the last state that was known. `None`
+        if nobody asks for that.
     """
 
     index: Int[Array, ""]
@@ -59,7 +65,24 @@ class Position(eqx.Module):
     grad_solver_state: PyTree[Array]
     grads: PyTree[Array]
     grad_times: TimeGradient | None
-    error: PyTree[Array]
+    probe: Probe | None
+
+
+class Round(eqx.Module):
+    """What came of going back over one step, or of one round of looking for its start.
+
+    - `position`: the new position, if `done`.
+    - `search`: for the next round. `None` if that is not how steps are undone.
+    - `done`: whether the step has been undone.
+    - `signals`: how far this may be off, without what is told by cotangents.
+    - `step`: the step.
+    """
+
+    position: Position
+    search: Search | None
+    done: Bool[Array, ""]
+    signals: Signals
+    step: Step
 
 
 class ReverseStep(eqx.Module):
@@ -101,15 +124,17 @@ class ReverseStep(eqx.Module):
     def __call__(
         self,
         position: Position,
+        search: Search | None,
         known: BoolScalarLike,
+        exact: BoolScalarLike,
         state0: PyTree,
         size: PyTree[Array],
-    ) -> tuple[Position, Signals, Step, Int[Array, ""]]:
-        """Goes back over one step: from `state0`, if `known`, or else by undoing it.
-        `size` is how large each entry of `y` is.
+    ) -> "Round":
+        """Goes back over one step: from `state0`, if `known`, or else by undoing it. If
+        `exact` then so is where it ends, and there is nothing to be certified. `size`
+        is how large each entry of `y` is.
 
-        Returns the new position; how far this may be off, without what is told by
-        cotangents; the step; and the number of corrections that were made."""
+        If undoing a step takes iteration then this is one round of `search`."""
         closed = self.closed
         index = position.index - 1
         step = self.record.read(index, self.num_steps)
@@ -120,66 +145,125 @@ class ReverseStep(eqx.Module):
         linearise = ft.partial(
             self._linearise, step, has_output, pull_back_controls is not None
         )
-        undone = state0
-        corrections = jnp.array(0)
-        off, aux, pulled_back = 0.0, None, None
-
-        if not closed.reversal.can_step_back:
-            y0, _ = state0
-            y1, aux = linearise(*state0)
-        elif closed.reversal.iterates:
-            forgotten = closed.reversal.forget_state(self.solver_state0)
-            solver_state0 = where(index == 0, self.solver_state0, forgotten)
-            known_y0, _ = state0
-            inverted = invert_step(
-                lambda y: _keep_y(linearise(y, solver_state0)),
-                lambda y, is_y1: self._guess(step, y, position.hint, is_y1),
-                position.y,
-                known,
-                known_y0,
-                closed.max_corrections,
-            )
-            y0, corrections = inverted.y0, inverted.num_corrections
-            y1, aux = inverted.aux
-            undone = inverted.guess, None
-        elif self.params[2].recall is not None:
-            y0, undone, y1, off, pulled_back = self._share(
+        undone, off = state0, 0.0
+        if self.params[2].recall is not None:
+            y0, undone, y1, off, new = self._share(
                 step, position, known, state0, linearise, pull_back_controls
             )
         else:
-            undone = lax.cond(
-                eqxi.unvmap_all(known),
-                lambda: state0,
-                lambda: self._step_back(step, position.y, position.hint),
-            )
-            y0, solver_state0 = where(known, state0, undone)
+            if not closed.reversal.can_step_back:
+                y0, solver_state0 = state0
+            elif closed.reversal.iterates:
+                assert search is not None
+                search, y0, solver_state0 = self._look(
+                    search, position, step, known, state0
+                )
+                undone = search.target, None
+            else:
+                undone = self._undo(step, position, known, state0)
+                y0, solver_state0 = where(known, state0, undone)
             y1, aux = linearise(y0, solver_state0)
-
-        # No part of the certificate is differentiated.
-        end, known_end = stop_gradient((filter_inexact(y1), filter_inexact(position.y)))
-        missed = relative_distance(end, known_end, size, self.tolerance())
-        missed = jnp.maximum(missed, stop_gradient(off) / self.tolerance())
-        zero = jnp.zeros_like(missed)
-        # Which of the two it is, depends on whether the start was known.
-        signals = Signals(drift=missed, residual=missed, rounding=zero, cotangents=zero)
-        error = position.error
-        if error is not None:
-            frozen: Any = stop_gradient((self, position, step, y0, undone))
-            error = lax.cond(
-                eqxi.unvmap_all(known),
-                lambda: error,
-                lambda: frozen[0]._advance_error(*frozen[1:]),
-            )
-            grown = relative_distance(
-                error[0], zeros_like(error[0]), size, self.tolerance()
-            )
-            signals = eqx.tree_at(lambda s: s.rounding, signals, grown)
-        if pulled_back is None:
-            pulled_back = self._pull_back(position, step, y0, aux, pull_back_controls)
-        position = eqx.tree_at(
-            lambda p: p.error, pulled_back, error, is_leaf=lambda x: x is None
+            # Also if the search goes on: a branch between the linearisation and this
+            # would hold all values in memory that it could recompute instead.
+            new = self._pull_back(position, step, y0, aux, pull_back_controls)
+        frozen: Any = stop_gradient((self, position, search, step, y0, undone, y1, off))
+        search, probe, signals = lax.cond(
+            eqxi.unvmap_all(exact),
+            lambda: frozen[0]._do_not_certify(*frozen[1:3]),
+            lambda: frozen[0]._certify(*frozen[1:], known, size),
         )
-        return position, signals, step, corrections
+        position = eqx.tree_at(
+            lambda p: p.probe, new, probe, is_leaf=lambda x: x is None
+        )
+        done = jnp.array(True) if search is None else search.done
+        return Round(position, search, done, signals, step)
+
+    def _look(
+        self,
+        search: Search,
+        position: Position,
+        step: Step,
+        known: BoolScalarLike,
+        state0: PyTree,
+    ) -> tuple[Search, Y, PyTree]:
+        """Where to start from next."""
+        is_first = position.index == 1
+        forgotten = self.closed.reversal.forget_state(self.solver_state0)
+        solver_state0 = where(is_first, self.solver_state0, forgotten)
+        start, _ = state0
+        frozen: Any = stop_gradient((self, position, step, solver_state0, start))
+        fixed, fixed_position, fixed_step, fixed_state0, fixed_start = frozen
+
+        def look():
+            return search.look(
+                jtu.Partial(_end, fixed.params, fixed_step, fixed_state0),
+                lambda y, is_y1: fixed._guess(
+                    fixed_step, y, fixed_position.hint, is_y1
+                ),
+                fixed_position.y,
+                known,
+                fixed_start,
+                self.closed.max_corrections,
+            )
+
+        search = lax.cond(
+            eqxi.unvmap_all(known), lambda: search.know(fixed_start), look
+        )
+        y0 = root(
+            search.y0,
+            position.y,
+            jnp.asarray(known),
+            start,
+            jtu.Partial(_end, self.params, step, solver_state0),
+            jtu.Partial(_back, self.params, self.closed.step_back, step, position.hint),
+        )
+        return search, y0, solver_state0
+
+    #
+    # The certificate, no part of which is differentiated
+    #
+
+    def _do_not_certify(
+        self, position: Position, search: Search | None
+    ) -> tuple[Search | None, Probe | None, Signals]:
+        zero = jnp.zeros((), jnp.result_type(float))
+        search = None if search is None else search.accept()
+        return search, position.probe, Signals(zero, zero, zero, zero)
+
+    def _certify(
+        self,
+        position: Position,
+        search: Search | None,
+        step: Step,
+        y0: Y,
+        undone: PyTree,
+        y1: Y,
+        off: RealScalarLike,
+        known: BoolScalarLike,
+        size: PyTree[Array],
+    ) -> tuple[Search | None, Probe | None, Signals]:
+        """Whether the search is over; `position.probe` at the start of the step; and
+        how far this may be off, without what is told by cotangents."""
+        end, known_end = filter_inexact((y1, position.y))
+        keep = known
+        if search is not None:
+            search = search.judge(end, known_end, known, self.closed.max_corrections)
+            keep = known | jnp.invert(search.done)
+        missed = relative_distance(end, known_end, size, self.tolerance())
+        missed = jnp.maximum(missed, off / self.tolerance())
+        zero = jnp.zeros_like(missed)
+        probe, rounding = position.probe, zero
+        if probe is not None:
+            probe, rounding = lax.cond(
+                eqxi.unvmap_all(keep),
+                lambda: (probe, zero),
+                lambda: self._advance_probe(position, step, y0, undone, size),
+            )
+        # Which of the two it is, depends on whether the start was known.
+        signals = Signals(
+            drift=missed, residual=missed, rounding=rounding, cotangents=zero
+        )
+        return search, probe, signals
 
     def _know_controls(self, step: Step) -> tuple[Step, Callable | None]:
         """The step with its controls; and what pulls back their cotangents onto the
@@ -229,6 +313,16 @@ class ReverseStep(eqx.Module):
         assert self.closed.step_back is not None
         return self.closed.step_back(terms, step, y1, args, hint)
 
+    def _undo(
+        self, step: Step, position: Position, known: BoolScalarLike, state0: PyTree
+    ) -> tuple[Y, PyTree]:
+        """Undoes a step, unless it is `known` to start from `state0`."""
+        return lax.cond(
+            eqxi.unvmap_all(known),
+            lambda: state0,
+            lambda: self._step_back(step, position.y, position.hint),
+        )
+
     def _share(
         self,
         step: Step,
@@ -246,11 +340,7 @@ class ReverseStep(eqx.Module):
         start = eqx.tree_at(lambda p: p.grads, position, zeros_like(position.grads))
 
         def plain():
-            undone = lax.cond(
-                eqxi.unvmap_all(known),
-                lambda: state0,
-                lambda: self._step_back(step, position.y, position.hint),
-            )
+            undone = self._undo(step, position, known, state0)
             y0, solver_state0 = where(known, state0, undone)
             y1, aux = linearise(y0, solver_state0)
             new = self._pull_back(start, step, y0, aux, pull_back_controls)
@@ -271,42 +361,87 @@ class ReverseStep(eqx.Module):
         grads = add(position.grads, new.grads)
         return *out, eqx.tree_at(lambda p: p.grads, new, grads)
 
-    def start_error(self, y: Y, hint: PyTree) -> PyTree[Array]:
-        """What to set `Position.error` to, where the state is known."""
+    def start_probe(self, index: IntScalarLike, y: Y, hint: PyTree) -> Probe | None:
+        """What to set `Position.probe` to, where the state is known."""
         closed = self.closed
         if closed.certificate != "full" or not closed.reversal.can_step_back:
             return None
-        tree = filter_inexact((y, hint if closed.reversal.has_state else None))
-        return rounding(stop_gradient(tree))
+        return Probe.start(self._rounding(index, y, hint, None))
 
-    def _advance_error(
-        self, position: Position, step: Step, y0: Y, undone: PyTree
+    def _rounding(
+        self, index: IntScalarLike, y: Y, hint: PyTree, share: PyTree[Array] | None
     ) -> PyTree[Array]:
-        """Carries `position.error` over a step that was undone."""
-        args, terms, _ = self.params
-        closed = self.closed
-        if closed.increment is None:
-            # Some of the hint may not be floating point.
-            hint = position.hint if closed.reversal.has_state else None
-            state1 = position.y, hint
-            diff, nondiff = eqx.partition(state1, eqx.is_inexact_array)
+        tree = filter_inexact((y, hint if self.closed.reversal.has_state else None))
+        return rounding(stop_gradient(tree), index, share)
 
-            def _undo(diff):
-                y, _hint = eqx.combine(diff, nondiff)
-                _hint = _hint if closed.reversal.has_state else position.hint
-                return filter_inexact(self._step_back(step, y, _hint))
-
-            error = derivative(_undo, diff, filter_inexact(undone), position.error)
+    def _advance_probe(
+        self,
+        position: Position,
+        step: Step,
+        y0: Y,
+        undone: PyTree,
+        size: PyTree[Array],
+    ) -> tuple[Probe, Real[Array, ""]]:
+        """Carries `position.probe` over a step that was undone. Returns it, and how
+        large its error is."""
+        probe = position.probe
+        assert probe is not None
+        if self.closed.increment is None:
+            error, share = self._undo_error(position, step, undone)
+            probe = eqx.tree_at(lambda p: p.error, probe, error)
         else:
+            new, span, can_wait = probe.next(step.t0, step.t1)
+            if step.controls is not None:
+                can_wait = False  # That of a longer step is not known.
+            probe, share = lax.cond(
+                eqxi.unvmap_all(can_wait),
+                lambda: new.wait(step.t0, step.t1),
+                lambda: self._carry_error(position, step, new, span),
+            )
+        error = add(probe.error, self._rounding(position.index, y0, undone[1], share))
+        of_y, _ = error
+        distance = relative_distance(of_y, zeros_like(of_y), size, self.tolerance())
+        return eqx.tree_at(lambda p: p.error, probe, error), distance
 
-            def _increment(y):
-                vf = self.params[2].vf(terms, step.t1, y, args)
-                return closed.increment(terms, step, args, vf)  # pyright: ignore
+    def _undo_error(
+        self, position: Position, step: Step, undone: PyTree
+    ) -> tuple[PyTree[Array], PyTree[Array]]:
+        """The error, as a step back has it; and its `share_of`."""
+        assert position.probe is not None
+        # Some of the hint may not be floating point.
+        has_state = self.closed.reversal.has_state
+        state1 = position.y, position.hint if has_state else None
+        diff, nondiff = eqx.partition(state1, eqx.is_inexact_array)
 
-            value = closed.increment(terms, step, args, position.hint)
-            error, _ = position.error
-            error = advance(_increment, position.y, value, error), None
-        return add(error, self.start_error(y0, undone[1]))
+        def _undo(diff):
+            y, _hint = eqx.combine(diff, nondiff)
+            _hint = _hint if has_state else position.hint
+            return filter_inexact(self._step_back(step, y, _hint))
+
+        old = position.probe.error
+        new = derivative(_undo, diff, filter_inexact(undone), old)
+        return new, share_of(jtu.tree_map(jnp.subtract, new, old), old)
+
+    def _carry_error(
+        self, position: Position, step: Step, probe: Probe, span: Real[Array, ""]
+    ) -> tuple[Probe, PyTree[Array]]:
+        """The same for a method of at least second order, from where it was last
+        carried to."""
+        args, terms, local = self.params
+        closed = self.closed
+        assert closed.increment is not None
+        since = probe.since.astype(jnp.result_type(step.t1))
+        longer = eqx.tree_at(lambda s: s.t1, step, since)
+
+        def _increment(y):
+            vf = local.vf(terms, step.t1, y, args)
+            return closed.increment(terms, longer, args, vf)  # pyright: ignore
+
+        value = closed.increment(terms, longer, args, position.hint)
+        error, _ = probe.error
+        error, share = advance(_increment, position.y, value, error)
+        share = share, None
+        return probe.carried((error, None), step.t0, share, span), share
 
     def _guess(self, step: Step, y: Y, hint: PyTree, is_y1: BoolScalarLike) -> Y:
         args, terms, _ = self.params
@@ -416,7 +551,7 @@ class ReverseStep(eqx.Module):
             grad_solver_state=grad_solver_state0,
             grads=grads,
             grad_times=self._add_times(position.grad_times, index, grad_times),
-            error=position.error,
+            probe=position.probe,
         )
 
     def _add_times(
@@ -526,8 +661,22 @@ def _add_some(grads: PyTree[Array], some: PyTree[Array]) -> PyTree[Array]:
     return [add(args, of_args), terms, add(local, of_local)]
 
 
-def _keep_y(out: tuple[Y, PyTree]) -> tuple[Y, PyTree]:
-    return out[0], out
+def _end(params: PyTree, step: Step, solver_state0: PyTree, y0: Y) -> Y:
+    """Where a step from `y0` ends."""
+    args, terms, local = params
+    no_output = jnp.array(False)
+    y1, *_ = local.step(terms, step, y0, args, solver_state0, no_output)
+    return y1
+
+
+def _back(params: PyTree, step_back: Callable, step: Step, hint: PyTree, y1: Y) -> Y:
+    """Where a step back from `y1` leads to. `hint` is for another `y1`, if there is
+    one."""
+    args, terms, local = params
+    if hint is not None:
+        hint = local.vf(terms, step.t1, y1, args)
+    y0, _ = step_back(terms, step, y1, args, hint)
+    return y0
 
 
 def _depends(fn: Callable[[PyTree], PyTree], x: PyTree) -> bool:

@@ -330,7 +330,7 @@ def _end(
         grad_solver_state=_materialise(grad_final_state.solver_state, solver_state1),
         grads=grads,
         grad_times=grad_times,
-        error=step.start_error(y1, hint),
+        probe=step.start_probe(step.num_steps, y1, hint),
     )
 
 

@@ -8,55 +8,129 @@ reconstruction: an estimate of how far it may be off.
 
 import functools as ft
 from collections.abc import Callable
+from typing import Any
 
+import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from equinox.internal import ω
-from jaxtyping import Array, PyTree, Real
+from jaxtyping import Array, Int, PyTree, Real
 
+from ._custom_types import IntScalarLike, RealScalarLike
 from ._invert_step import max_abs
 
 
-def _pattern(x: Array) -> Array:
-    """Of no symmetry, so that it is not orthogonal to anything in particular."""
-    index = jnp.arange(x.size, dtype=jnp.finfo(x.dtype).dtype)
-    return jnp.cos(1.0 + 2.4 * index).reshape(x.shape)
+class Probe(eqx.Module):
+    """An error of the size of rounding that is carried along: an estimate of how far
+    off going back may be since the last state that was known.
+
+    - `error`: of `y`, and of the solver state if that is the hint.
+    - `since`: the time down to which it has been carried.
+    - `waiting`: for how many steps it has not been carried on. -1 where it starts.
+    - `rate`: by how much of itself it changes per unit of time.
+    """
+
+    error: PyTree[Array]
+    since: Real[Array, ""]
+    waiting: Int[Array, ""]
+    rate: Real[Array, ""]
+
+    @classmethod
+    def start(cls, error: PyTree[Array]) -> "Probe":
+        dtype = jnp.result_type(float)
+        return cls(
+            error=error,
+            since=jnp.zeros((), dtype),
+            waiting=jnp.array(-1),
+            rate=jnp.array(jnp.inf, dtype),
+        )
+
+    def next(self, t0: RealScalarLike, t1: RealScalarLike) -> tuple["Probe", Any, Any]:
+        """Before a step back from `t1` to `t0`. Returns also how long it is that the
+        error has not been carried along for, with this step; and whether it can wait
+        for a step more, as it would change by less than a tenth."""
+        t0, t1 = (jnp.asarray(t).astype(self.since.dtype) for t in (t0, t1))
+        since = jnp.where(self.waiting < 0, t1, self.since)
+        span = jnp.abs(since - t0)
+        can_wait = (self.waiting < _longest_wait) & (self.rate * span < 0.1)
+        return Probe(self.error, since, self.waiting, self.rate), span, can_wait
+
+    def wait(
+        self, t0: RealScalarLike, t1: RealScalarLike
+    ) -> tuple["Probe", PyTree[Array]]:
+        """Without the error having been carried over the step; and about what would
+        have been its `share_of`."""
+        length = jnp.abs(jnp.asarray(t1) - jnp.asarray(t0)).astype(self.rate.dtype)
+        share = jtu.tree_map(
+            lambda x: (self.rate * length).astype(jnp.finfo(x.dtype).dtype), self.error
+        )
+        return Probe(self.error, self.since, self.waiting + 1, self.rate), share
+
+    def carried(
+        self,
+        error: PyTree[Array],
+        t0: RealScalarLike,
+        share: PyTree[Array],
+        span: Real[Array, ""],
+    ) -> "Probe":
+        """With the error having been carried down to `t0`."""
+        dtype = self.since.dtype
+        shares = [x.astype(dtype) for x in jtu.tree_leaves(share)]
+        rate = ft.reduce(jnp.maximum, shares, jnp.zeros((), dtype)) / span
+        # Zero times infinity where there is no time.
+        rate = jnp.where(span > 0, rate, jnp.inf)
+        since = jnp.asarray(t0).astype(dtype)
+        return Probe(error, since, jnp.zeros_like(self.waiting), rate)
 
 
-def _times_pattern(x: Array) -> Array:
-    """`jnp.sum(_pattern(x) * x)`, without the pattern, which is as large as `x`."""
-    if x.size == 0:
-        return jnp.zeros((), x.dtype)
-    dtype = jnp.finfo(x.dtype).dtype
-    matrix = x.reshape(-1, x.shape[-1] if x.ndim > 1 else 1)
-    num_rows, num_columns = matrix.shape
-    rows = 1.0 + 2.4 * num_columns * jnp.arange(num_rows, dtype=dtype)
-    columns = 2.4 * jnp.arange(num_columns, dtype=dtype)
-    # The cosine of a sum.
-    cos, sin = (
-        fn(rows).astype(x.dtype) @ (matrix @ fn(columns).astype(x.dtype))
-        for fn in (jnp.cos, jnp.sin)
-    )
-    return cos - sin
+_longest_wait = 3
 
 
-def rounding(tree: PyTree[Array]) -> PyTree[Array]:
-    """An error such as rounding makes, for each leaf relative to its largest value, and
-    in no special direction."""
+def _noise(x: Array, step: IntScalarLike) -> Array:
+    """Numbers between -1 and 1, as good as random, and others for each `step`: a hash
+    of their indices."""
+    seed = jnp.asarray(step).astype(jnp.uint32) * np.uint32(0x85EBCA77)
+    bits = jnp.arange(x.size, dtype=jnp.uint32) * np.uint32(0x9E3779B1) + seed
+    for shift, factor in ((15, 0x2C1B3C6D), (12, 0x297A2D39)):
+        bits = (bits ^ (bits >> np.uint32(shift))) * np.uint32(factor)
+    bits = bits ^ (bits >> np.uint32(15))
+    unit = (bits >> np.uint32(1)).astype(jnp.int32).astype(jnp.finfo(x.dtype).dtype)
+    return (unit * 2.0**-30 - 1).reshape(x.shape)
 
-    def _rounding(x, max_x):
+
+def rounding(
+    tree: PyTree[Array], step: IntScalarLike, share: PyTree[Array] | None = None
+) -> PyTree[Array]:
+    """An error such as rounding makes, and in no special direction.
+
+    That of an addition is relative to each entry. What is added has been computed from
+    all entries, each of which is rounded: so it is off by a `share` of the rounding
+    error of the largest entry of the leaf; none if `None`.
+
+    It is another one at each step, as that of rounding is. So where errors are neither
+    expanded nor contracted, those of `n` steps add up to `sqrt(n)` of one."""
+
+    def _rounding(x, max_x, share_x):
         eps = float(jnp.finfo(x.dtype).eps)
-        return (eps * max_x * _pattern(x)).astype(x.dtype)
+        # Not more than all of it.
+        part = jnp.minimum(jnp.asarray(share_x, max_x.dtype), 1)
+        size = jnp.abs(x) + part * max_x
+        return (eps * size * _noise(x, step)).astype(x.dtype)
 
-    return jtu.tree_map(_rounding, tree, max_abs(tree))
+    if share is None:
+        share = jtu.tree_map(lambda _: 0.0, tree)
+    return jtu.tree_map(_rounding, tree, max_abs(tree), share)
 
 
-def sketch(tree: PyTree[Array]) -> tuple[PyTree[Array], PyTree[Array]]:
-    """For each leaf, its product with a fixed pattern, by which two of them can be told
-    apart; and its norm. Both are scalars."""
-    products = jtu.tree_map(_times_pattern, tree)
-    norms = jtu.tree_map(lambda x: jnp.sqrt(jnp.sum(jnp.abs(x) ** 2)), tree)
-    return products, norms
+def share_of(change: PyTree[Array], error: PyTree[Array]) -> PyTree[Array]:
+    """How much of the largest entry of an error a step adds to any entry. One number
+    for each leaf."""
+
+    def _share(max_change, max_error):
+        return max_change / jnp.where(max_error > 0, max_error, 1)
+
+    return jtu.tree_map(_share, max_abs(change), max_abs(error))
 
 
 def derivative(
@@ -96,10 +170,11 @@ def advance(
     y1: PyTree[Array],
     value: PyTree[Array],
     error: PyTree[Array],
-) -> PyTree[Array]:
+) -> tuple[PyTree[Array], PyTree[Array]]:
     """Carries an error over a step back of a method of at least second order, for two
     evaluations. `increment` is the product of the vector field, as a function of `y1`,
-    and the control; `value` is what it is at `y1`."""
+    and the control; `value` is what it is at `y1`. Returns the error, and its
+    `share_of`."""
     first = derivative(increment, y1, value, error)
     second = derivative(increment, y1, value, first)
-    return (error**ω - first**ω + 0.5 * second**ω).ω
+    return (error**ω - first**ω + 0.5 * second**ω).ω, share_of(first, error)

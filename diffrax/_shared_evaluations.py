@@ -88,10 +88,19 @@ class _Heard(NamedTuple):
 
 class SharedEvaluations:
     """Those parts of a solve that are others if evaluations are shared. They are traced
-    one after the other, and the vector field once for all of them."""
+    one after the other, and the vector field once for all of them.
 
-    def __init__(self, reversal: AbstractReversal, terms: PyTree[AbstractTerm]):
+    `prepare` is a function of `(terms, step, t, y, args)`, which returns the terms to
+    pass to the solver."""
+
+    def __init__(
+        self,
+        reversal: AbstractReversal,
+        prepare: Callable[..., PyTree[AbstractTerm]],
+        terms: PyTree[AbstractTerm],
+    ):
         self._reversal = reversal
+        self._prepare = prepare
         self._num_terms = len(jtu.tree_leaves(terms, is_leaf=is_single_term))
         self._fields: list[tuple[int, str, RecordedField]] = []
         # For each term and evaluation in a step, that in a step back.
@@ -101,6 +110,7 @@ class SharedEvaluations:
     def of(
         cls,
         reversal: AbstractReversal,
+        prepare: Callable[..., PyTree[AbstractTerm]],
         terms: PyTree[AbstractTerm],
         step: Step,
         y: Y,
@@ -111,7 +121,7 @@ class SharedEvaluations:
         declared = reversal.shared_evaluations
         if declared is None:
             return None
-        shared = cls(reversal, terms)
+        shared = cls(reversal, prepare, terms)
         made, undone = shared._listen(terms, step, y, args, solver_state)
         plan_of_term = ft.partial(_plan, type(reversal.solver).__name__, declared)
         shared._plan = list(map(plan_of_term, made, undone))
@@ -132,6 +142,7 @@ class SharedEvaluations:
             found[call.term][call.number] = evaluation
             return out
 
+        terms = self._prepare(terms, step, step.t1, y1, args)
         y0, solver_state0 = self._reversal.step_back(
             _watch(terms, handle), step, y1, args, hint
         )
@@ -160,6 +171,7 @@ class SharedEvaluations:
             pairs.append((Point.of(call), evaluation))
             return self._field(call).recall(call, evaluation, perturbed)
 
+        terms = self._prepare(terms, step, step.t0, y0, args)
         y1, dense_info, solver_state1, hint = self._reversal.step(
             _watch(terms, handle), step, y0, args, solver_state, has_output
         )
@@ -198,6 +210,7 @@ class SharedEvaluations:
             return _watch(terms, handle)
 
         def make_and_undo(terms, step, y, args, solver_state):
+            terms = self._prepare(terms, step, step.t0, y, args)
             y1, _, _, hint = self._reversal.step(
                 watch(terms, args, made), step, y, args, solver_state, jnp.array(True)
             )

@@ -60,14 +60,16 @@ class StepTrace(eqx.Module):
     def buffers(self) -> PyTree:
         return self.rows
 
-    def _write(self, index: IntScalarLike, **values: Any) -> "StepTrace":
+    def _write(
+        self, index: IntScalarLike, pred: BoolScalarLike = True, **values: Any
+    ) -> "StepTrace":
         if self.rows is None:
             return self
         row = self.rows[index]
         for name, value in values.items():
             row = row.at[columns.index(name)].set(jnp.asarray(value, row.dtype))
         set_: Any = eqxi.buffer_at_set
-        return StepTrace(set_(self.rows, index, row))
+        return StepTrace(set_(self.rows, index, row, pred=pred))
 
     def _read(self, index: IntScalarLike, name: str) -> Any:
         return 0 if self.rows is None else self.rows[index, columns.index(name)]
@@ -84,10 +86,11 @@ class StepTrace(eqx.Module):
         known: BoolScalarLike,
         tried: BoolScalarLike,
         corrections: IntScalarLike,
+        pred: BoolScalarLike,
     ) -> "StepTrace":
-        """With what became of a step that was undone, or that started from a known
-        state (and if `tried`, after it had been undone). NaN is written for what does
-        not apply."""
+        """If `pred`: with what became of a step that was undone, or that started from a
+        known state (and if `tried`, after it had been undone). NaN is written for what
+        does not apply."""
         if self.rows is None:
             return self
 
@@ -97,6 +100,7 @@ class StepTrace(eqx.Module):
 
         return self._write(
             index,
+            pred,
             count=1,
             t0=step.t0,
             t1=step.t1,

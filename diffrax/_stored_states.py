@@ -5,6 +5,7 @@ from typing import Any
 
 import equinox as eqx
 import equinox.internal as eqxi
+import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Int, PyTree, Shaped
@@ -19,9 +20,10 @@ class StoredStates(eqx.Module):
     The state at the start of the solve is always known, and is not among these.
     """
 
-    indices: Int[Array, " slots"]
+    # In one array, of which nothing else depends: so XLA leaves it out of a solve that
+    # is not differentiated.
+    indices_and_stride: Int[Array, " slots_and_one"]
     states: PyTree[eqxi.MaybeBuffer[Shaped[Array, "slots ..."]]]
-    stride: Int[Array, ""]
 
     @classmethod
     def allocate(cls, slots: int, state: PyTree[Array]) -> "StoredStates":
@@ -30,11 +32,22 @@ class StoredStates(eqx.Module):
         def _buffer(x):
             return jnp.zeros((slots, *jnp.shape(x)), jnp.result_type(x))
 
-        return cls(
-            indices=jnp.full(slots, -1),
-            states=jtu.tree_map(_buffer, state),
-            stride=jnp.array(1),
-        )
+        states = jtu.tree_map(_buffer, state)
+        return cls.of(jnp.full(slots, -1), states, jnp.array(1))
+
+    @classmethod
+    def of(
+        cls, indices: Int[Array, " slots"], states: PyTree, stride: Int[Array, ""]
+    ) -> "StoredStates":
+        return cls(jnp.concatenate([indices, stride[None]]), states)
+
+    @property
+    def indices(self) -> Int[Array, " slots"]:
+        return self.indices_and_stride[:-1]
+
+    @property
+    def stride(self) -> Int[Array, ""]:
+        return self.indices_and_stride[-1]
 
     @property
     def buffers(self) -> PyTree:
@@ -43,7 +56,7 @@ class StoredStates(eqx.Module):
 
     def _write(self, slot, index, state, stride, pred) -> "StoredStates":
         set_: Any = eqxi.buffer_at_set
-        return StoredStates(
+        return StoredStates.of(
             indices=self.indices.at[slot].set(
                 jnp.where(pred, index, self.indices[slot])
             ),
@@ -68,12 +81,12 @@ class StoredStates(eqx.Module):
             return self
 
         def free(stride):
-            return (self.indices < 0) | (self.indices % stride != 0)
+            return (self.indices < 0) | (lax.rem(self.indices, stride) != 0)
 
-        is_full = ~jnp.any(free(self.stride)) & (index % self.stride == 0)
+        is_full = ~jnp.any(free(self.stride)) & (lax.rem(index, self.stride) == 0)
         stride = jnp.where(pred & is_full, 2 * self.stride, self.stride)
         is_free = free(stride)
-        pred = pred & (index % stride == 0) & jnp.any(is_free)
+        pred = pred & (lax.rem(index, stride) == 0) & jnp.any(is_free)
         return self._write(jnp.argmax(is_free), index, state, stride, pred)
 
     def write(
@@ -91,7 +104,7 @@ class StoredStates(eqx.Module):
         def _extend(x, fill):
             return jnp.concatenate([x, jnp.full((slots, *x.shape[1:]), fill, x.dtype)])
 
-        return StoredStates(
+        return StoredStates.of(
             indices=_extend(self.indices, -1),
             states=jtu.tree_map(lambda x: _extend(x, 0), self.states),
             stride=self.stride,
@@ -100,7 +113,7 @@ class StoredStates(eqx.Module):
     def drop(self, index: IntScalarLike) -> "StoredStates":
         """The states without those at `index` and beyond."""
         indices = jnp.where(self.indices >= index, -1, self.indices)
-        return StoredStates(indices, self.states, self.stride)
+        return StoredStates.of(indices, self.states, self.stride)
 
     @property
     def num_free(self) -> Int[Array, ""]:

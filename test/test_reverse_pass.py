@@ -308,9 +308,11 @@ def test_error_of_a_step_back():
     # Up to second order, as the method is assumed to be, but for a difference quotient.
     matrix = jnp.array([[0.3, -1.0], [0.5, 0.2]])
     y, error = jnp.array([2.0, -1.0]), jnp.array([1e-16, 3e-16])
-    advanced = advance(lambda y: matrix @ y, y, matrix @ y, error)
+    advanced, share = advance(lambda y: matrix @ y, y, matrix @ y, error)
     expected = error - matrix @ error + 0.5 * matrix @ matrix @ error
     np.testing.assert_allclose(advanced, expected, rtol=1e-6)
+    largest = jnp.max(jnp.abs(matrix @ error)) / jnp.max(jnp.abs(error))
+    np.testing.assert_allclose(share, largest, rtol=1e-6)
 
 
 @hypothesis.given(
@@ -346,8 +348,8 @@ def _invert(key, step_size, scale):
         return jtu.tree_map(lambda x, f: x + h * f, y, field(y))
 
     y1 = euler(y0, step_size)
-    step = lambda y: (euler(y, step_size), ())
-    step_back = lambda y, is_y1: euler(y, -step_size)
+    step = lambda y: euler(y, step_size)
+    step_back = lambda y: euler(y, -step_size)
     return y0, y1, invert_step(step, step_back, y1)
 
 

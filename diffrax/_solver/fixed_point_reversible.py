@@ -199,19 +199,17 @@ class FixedPointReversible(AbstractReversibleSolver, AbstractWrappedSolver):
         fresh = self.solver.init(terms, t0, t1, y1, args)
 
         def step(y0):
-            y1, dense_info, vf0 = unrolled.step(
-                terms, t0, t1, y0, args, fresh, made_jump
-            )
-            return y1, (dense_info, vf0)
+            return unrolled.step(terms, t0, t1, y0, args, fresh, made_jump)
 
-        def step_back(y, is_y1):
-            del is_y1
+        def end(y0):
+            y1, _, _ = step(y0)
+            return y1
+
+        def step_back(y):
             vf = unrolled.vf(terms, t1, y, args)
             return unrolled.step_back(terms, t0, t1, y, args, vf)
 
-        inverted = invert_step(
-            step, step_back, y1, max_corrections=self.max_corrections
-        )
+        inverted = invert_step(end, step_back, y1, self.max_corrections)
         eps = [float(jnp.finfo(x.dtype).eps) for x in jtu.tree_leaves(y1)]
         y0 = eqx.error_if(
             inverted.y0,
@@ -220,7 +218,7 @@ class FixedPointReversible(AbstractReversibleSolver, AbstractWrappedSolver):
             "`FixedPointReversible(...).backward_step` could not undo a step: none of "
             "the starts that it tried leads to `y1`. Consider making smaller steps.",
         )
-        dense_info, vf0 = inverted.aux
+        _, dense_info, vf0 = step(y0)
         if fresh is None:
             solver_state = None
         else:
