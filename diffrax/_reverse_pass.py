@@ -138,7 +138,7 @@ class ReversePass(eqx.Module):
         y0, _ = known.state
         size = lax.cond(
             eqxi.unvmap_all(exact),
-            lambda: zeros_like(filter_inexact(y0)),
+            lambda: zeros_like(jtu.tree_map(jnp.abs, filter_inexact(y0))),
             lambda: known_size(y0, position.y),
         )
 

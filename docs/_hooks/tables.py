@@ -23,6 +23,13 @@ _problems = {
     "van_der_pol": "Van der Pol's equation",
     "lorenz": "Lorenz's equations",
 }
+_peer_problems = {
+    "neural_ode": "neural ODE",
+    "lorenz": "Lorenz's equations",
+    "heat": "heat equation",
+    "heat_periodic": "heat equation, periodic",
+    "neural_sde": "neural SDE",
+}
 
 
 def on_page_markdown(markdown, **kwargs):
@@ -202,12 +209,66 @@ def _replays() -> str:
     return _table(["`checkpoints`", f"{first} steps", *others], cells)
 
 
-def _machine() -> str:
+def _peer_name(row: dict[str, Any]) -> str:
+    tool = "" if row["tool"] == "diffrax" else f"{row['tool']}: "
+    solver, gradient = _code(row["solver"]), _code(row["gradient"])
+    noise = f", {_code(row['noise'])}" if row["noise"] else ""
+    return f"{tool}{gradient}, {solver}{noise}"
+
+
+def _peer_mebibytes(row: dict[str, Any]) -> str:
+    return f"{row['peak_bytes'] / 2**20:,.1f}"
+
+
+def _peers() -> str:
+    """For each case `ReversibleAdjoint()`, and the others that do best at no more than
+    twice its error."""
+    cases: dict[Any, list[dict[str, Any]]] = {}
+    for row in _read("peers"):
+        key = tuple(row[name] for name in ("problem", "unknowns", "steps", "tol"))
+        cases.setdefault(key, []).append(row)
+    cells = []
+    for (problem, unknowns, steps, tol), rows in cases.items():
+        ours = next(
+            row
+            for row in rows
+            if row["gradient"] == _ours and row["solver"] in ("Tsit5", "ReversibleHeun")
+        )
+        others = [
+            row
+            for row in rows
+            if not row["gradient"].startswith(_ours)
+            and row["error"] is not None
+            and row["error"] <= 2 * ours["error"]
+        ]
+        quickest = min(others, key=lambda row: row["time_ratio"])
+        leanest = min(others, key=lambda row: row["peak_bytes"])
+        cells.append(
+            [
+                f"{_peer_problems[problem]}, {unknowns:,}",
+                f"{steps:,} steps" if tol is None else f"{tol:.0e}",
+                f"{ours['error']:.0e}",
+                f"{ours['time_ratio']:.2f}",
+                _peer_mebibytes(ours),
+                f"{quickest['time_ratio']:.2f}: {_peer_name(quickest)}",
+                f"{_peer_mebibytes(leanest)}: {_peer_name(leanest)}",
+            ]
+        )
+    head = ["Problem, unknowns", "Steps or tolerance", "Error", "Time", "MiB"]
+    return _table([*head, "Quickest other", "Least MiB of others"], cells)
+
+
+def _peers_machine() -> str:
+    return _machine("peers")
+
+
+def _machine(name: str = "gradient") -> str:
     """With what, and on what, the times were measured."""
-    row = _read("gradient")[-1]
+    row = _read(name)[-1]
     versions = ", ".join(f"{name} {v}" for name, v in row["versions"].items())
+    cores = "1 core" if row.get("threads") == 1 else "2 cores"
     return (
-        f"Measured on {row['date']}, on 2 cores of a CPU ({row['machine']}), with "
+        f"Measured on {row['date']}, on {cores} of a CPU ({row['machine']}), with "
         f"{versions}, Python {row['python']}."
     )
 
@@ -221,4 +282,6 @@ tables = {
     "evaluations": _evaluations,
     "replays": _replays,
     "machine": _machine,
+    "peers": _peers,
+    "peers machine": _peers_machine,
 }
