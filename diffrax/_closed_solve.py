@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
-from ._closed_function import close_function
+from ._closed_function import close_function, ClosedFunction
 from ._constant_record import ConstantRecord
 from ._custom_types import Args, BoolScalarLike, IntScalarLike, RealScalarLike, Y
 from ._event import Event
@@ -34,6 +34,7 @@ from ._known_controls import (
 from ._progress_meter import AbstractProgressMeter
 from ._reversal import AbstractReversal
 from ._saveat import save_y, SaveAt, SubSaveAt
+from ._shared_evaluations import SharedEvaluations
 from ._solver import AbstractSolver
 from ._step_record import may_jump, Step, StepRecord
 from ._step_size_controller import (
@@ -69,6 +70,12 @@ class LocalSolve(eqx.Module):
 
     - `step`: makes one step; a function of `(terms, step, y0, args, solver_state,
         has_output)` that returns `(y1, dense_info, solver_state, hint)`.
+    - `record_back`: undoes one step, and records what it evaluates; a function of
+        `(terms, step, y1, args, hint)` that returns `(y0, solver_state, records)`.
+        `None` if evaluations are not shared.
+    - `recall`: makes one step from that; a function of the arguments of `step` and
+        `records` that returns what `step` does, and by how much the points are off at
+        which these were recorded. `None` likewise.
     - `controls`: a function of `(terms, step)`, which is what `step.controls` is to be.
         `None` if that is to be `None`.
     - `vf`: a function of `(terms, t, y, args)`, which is the `hint` for a step that
@@ -79,13 +86,15 @@ class LocalSolve(eqx.Module):
 
     closed_over: list[Array]
     _step: "_Open"
+    _record_back: "_Open | None"
+    _recall: "_Open | None"
     _controls: "_Open | None"
     _vf: "_Open"
     _fns: "list[_Open | None]"
 
-    def __init__(self, step, controls, vf, fns):
+    def __init__(self, step, record_back, recall, controls, vf, fns):
         found: dict[int, Any] = {}
-        for closed in (step, controls, vf, *fns):
+        for closed in (step, record_back, recall, controls, vf, *fns):
             if closed is not None:
                 found |= {id(x): x for x in closed.consts}
         self.closed_over = list(found.values())
@@ -95,6 +104,8 @@ class LocalSolve(eqx.Module):
             return None if closed is None else _Open.of(closed, places)
 
         self._step = cast(_Open, _open(step))
+        self._record_back = _open(record_back)
+        self._recall = _open(recall)
         self._controls = _open(controls)
         self._vf = cast(_Open, _open(vf))
         self._fns = [_open(fn) for fn in fns]
@@ -105,6 +116,14 @@ class LocalSolve(eqx.Module):
     @property
     def step(self) -> Callable:
         return self._close(self._step)
+
+    @property
+    def record_back(self) -> Callable | None:
+        return self._close(self._record_back)
+
+    @property
+    def recall(self) -> Callable | None:
+        return self._close(self._recall)
 
     @property
     def controls(self) -> Callable | None:
@@ -265,6 +284,15 @@ def _step(solve: _Solve, terms, step, y0, args, solver_state, has_output):
     reversal, _ = solve
     terms = fence(_with_controls(solve, terms, step), y0)
     return as_arrays(reversal.step(terms, step, y0, args, solver_state, has_output))
+
+
+def _record_back(shared: SharedEvaluations, terms, step, y1, args, hint):
+    y0, solver_state0, records = shared.record_back(terms, step, y1, args, hint)
+    return *as_arrays((y0, solver_state0)), records
+
+
+def _recall(shared: SharedEvaluations, *args):
+    return as_arrays(shared.recall(*args))
 
 
 def _step_back(solve: _Solve, terms, step, y1, args, hint):
@@ -534,13 +562,16 @@ def _close_parts(
         )
     step_args = terms, with_controls, y, args, solver_state
     has_output = jnp.array(True)
+    closed_step = convert(_step, *step_args, has_output)
+    out = eqx.filter_eval_shape(closed_step, *step_args, has_output)
+    _, dense_info, _, hint = out
     local = LocalSolve(
-        convert(_step, *step_args, has_output),
+        closed_step,
+        *_close_shared(solve, hint, *step_args, has_output),
         controls,
         convert(_vf, terms, step.t1, y, args),
         [_close_fn(sub.fn, step.t1, y, args) for sub in subs],
     )
-    _, dense_info, _, hint = eqx.filter_eval_shape(local.step, *step_args, has_output)
     step_back = increment = None
     if reversal.can_step_back:
         step_back = close(_step_back, terms, with_controls, y, args, hint)
@@ -553,6 +584,26 @@ def _close_parts(
         increment=increment,
         interpolate=_without_gradient(interpolate, set(), name),
     )
+
+
+def _close_shared(
+    solve: _Solve, hint: PyTree, *step_args: Any
+) -> tuple[ClosedFunction | None, ClosedFunction | None]:
+    """`LocalSolve.record_back` and `LocalSolve.recall`."""
+    reversal, _ = solve
+    terms, step, y, args, solver_state, _ = step_args
+
+    def prepare(terms, step, y):
+        return fence(_with_controls(solve, terms, step), y)
+
+    shared = SharedEvaluations.of(reversal, prepare, terms, step, y, args, solver_state)
+    if shared is None:
+        return None, None
+    back_args = terms, step, y, args, hint
+    record_back = close_function(ft.partial(_record_back, shared), *back_args)
+    *_, records = eqx.filter_eval_shape(record_back, *back_args)
+    recall = close_function(ft.partial(_recall, shared), *step_args, records)
+    return record_back, recall
 
 
 def _close_fn(fn: Callable, t: Any, y: Y, args: Args) -> Callable | None:

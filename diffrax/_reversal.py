@@ -36,6 +36,12 @@ class AbstractReversal(eqx.Module):
     # Whether there is a `step_back`. If not then every step is made from a known state.
     can_step_back: eqx.AbstractClassVar[bool]
 
+    @property
+    def shared_evaluations(self) -> tuple[int | None, ...] | None:
+        """Which evaluations of the vector field `step` and `step_back` share, as
+        [`diffrax.AbstractReversibleSolver`][] describes it."""
+        return None
+
     def record_state(self, solver_state: PyTree) -> PyTree:
         """What to record of the solver state at the start of every step."""
         del solver_state
@@ -104,6 +110,25 @@ class AlgebraicReversal(AbstractReversal):
     can_step_back: ClassVar[bool] = True
     knows_controls: ClassVar[bool] = False
 
+    @property
+    def shared_evaluations(self):
+        # Not if this is of another `step` or another `backward_step` than the class
+        # was told of.
+        defined = [
+            next(i for i, cls in enumerate(type(self.solver).__mro__) if x in vars(cls))
+            for x in ("shared_evaluations", "step", "backward_step")
+        ]
+        shared = self.solver.shared_evaluations
+        if shared is None or defined[0] > min(defined):
+            return None
+        if not isinstance(shared, tuple) or not all(map(_is_index, shared)):
+            name = type(self.solver).__name__
+            raise ValueError(
+                f"`{name}.shared_evaluations` must be a tuple of integers and `None`, "
+                f"but is {shared}."
+            )
+        return shared
+
     def record_state(self, solver_state):
         return self.solver.record_state(solver_state)
 
@@ -137,6 +162,10 @@ class AlgebraicReversal(AbstractReversal):
                     f"{eqx.tree_pformat(at_t1)}, but it is {eqx.tree_pformat(at_t0)}."
                 )
         return y0, solver_state0
+
+
+def _is_index(x: Any) -> bool:
+    return x is None or (isinstance(x, int) and not isinstance(x, bool))
 
 
 def _are_alike(x: PyTree, y: PyTree) -> bool:

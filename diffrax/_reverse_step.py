@@ -16,7 +16,13 @@ from jaxtyping import Array, Bool, Int, PyTree, Real
 
 from ._closed_solve import ClosedSolve
 from ._constant_record import ConstantRecord
-from ._custom_types import BoolScalarLike, DenseInfo, IntScalarLike, Y
+from ._custom_types import (
+    BoolScalarLike,
+    DenseInfo,
+    IntScalarLike,
+    RealScalarLike,
+    Y,
+)
 from ._invert_step import relative_distance, root, Search
 from ._reverse_output import (
     add,
@@ -136,36 +142,38 @@ class ReverseStep(eqx.Module):
         step, pull_back_controls = self._know_controls(step)
         has_output = self._has_output(position, step)
         position = self._before_jump(position, step)
-        undone = state0
-        if not closed.reversal.can_step_back:
-            y0, solver_state0 = state0
-        elif closed.reversal.iterates:
-            assert search is not None
-            search, y0, solver_state0 = self._look(
-                search, position, step, known, state0
-            )
-            undone = search.target, None
-        else:
-            undone = lax.cond(
-                eqxi.unvmap_all(known),
-                lambda: state0,
-                lambda: self._step_back(step, position.y, position.hint),
-            )
-            y0, solver_state0 = where(known, state0, undone)
-        y1, aux = self._linearise(
-            step, has_output, pull_back_controls is not None, y0, solver_state0
+        linearise = ft.partial(
+            self._linearise, step, has_output, pull_back_controls is not None
         )
-        frozen: Any = stop_gradient((self, position, search, step, y0, undone, y1))
+        undone, off = state0, 0.0
+        if self.params[2].recall is not None:
+            y0, undone, y1, off, new = self._share(
+                step, position, known, state0, linearise, pull_back_controls
+            )
+        else:
+            if not closed.reversal.can_step_back:
+                y0, solver_state0 = state0
+            elif closed.reversal.iterates:
+                assert search is not None
+                search, y0, solver_state0 = self._look(
+                    search, position, step, known, state0
+                )
+                undone = search.target, None
+            else:
+                undone = self._undo(step, position, known, state0)
+                y0, solver_state0 = where(known, state0, undone)
+            y1, aux = linearise(y0, solver_state0)
+            # Also if the search goes on: a branch between the linearisation and this
+            # would hold all values in memory that it could recompute instead.
+            new = self._pull_back(position, step, y0, aux, pull_back_controls)
+        frozen: Any = stop_gradient((self, position, search, step, y0, undone, y1, off))
         search, probe, signals = lax.cond(
             eqxi.unvmap_all(exact),
             lambda: frozen[0]._do_not_certify(*frozen[1:3]),
             lambda: frozen[0]._certify(*frozen[1:], known, size),
         )
-        # Also if the search goes on: a branch between the linearisation and this would
-        # hold all values in memory that it could recompute instead.
-        position = self._pull_back(position, step, y0, aux, pull_back_controls)
         position = eqx.tree_at(
-            lambda p: p.probe, position, probe, is_leaf=lambda x: x is None
+            lambda p: p.probe, new, probe, is_leaf=lambda x: x is None
         )
         done = jnp.array(True) if search is None else search.done
         return Round(position, search, done, signals, step)
@@ -230,6 +238,7 @@ class ReverseStep(eqx.Module):
         y0: Y,
         undone: PyTree,
         y1: Y,
+        off: RealScalarLike,
         known: BoolScalarLike,
         size: PyTree[Array],
     ) -> tuple[Search | None, Probe | None, Signals]:
@@ -241,6 +250,7 @@ class ReverseStep(eqx.Module):
             search = search.judge(end, known_end, known, self.closed.max_corrections)
             keep = known | jnp.invert(search.done)
         missed = relative_distance(end, known_end, size, self.tolerance())
+        missed = jnp.maximum(missed, off / self.tolerance())
         zero = jnp.zeros_like(missed)
         probe, rounding = position.probe, zero
         if probe is not None:
@@ -302,6 +312,54 @@ class ReverseStep(eqx.Module):
         args, terms, _ = self.params
         assert self.closed.step_back is not None
         return self.closed.step_back(terms, step, y1, args, hint)
+
+    def _undo(
+        self, step: Step, position: Position, known: BoolScalarLike, state0: PyTree
+    ) -> tuple[Y, PyTree]:
+        """Undoes a step, unless it is `known` to start from `state0`."""
+        return lax.cond(
+            eqxi.unvmap_all(known),
+            lambda: state0,
+            lambda: self._step_back(step, position.y, position.hint),
+        )
+
+    def _share(
+        self,
+        step: Step,
+        position: Position,
+        known: BoolScalarLike,
+        state0: PyTree,
+        linearise: Callable,
+        pull_back_controls: Callable | None,
+    ) -> tuple[Y, PyTree, Y, Real[Array, ""], Position]:
+        """Goes back over a step, the evaluations for undoing which serve for
+        linearising it as well. Returns where it started; where undoing it led; where it
+        ends; by how much the evaluations are off; and the new position."""
+        args, terms, local = self.params
+        # What is as large as the parameters is added to where it is.
+        start = eqx.tree_at(lambda p: p.grads, position, zeros_like(position.grads))
+
+        def plain():
+            undone = self._undo(step, position, known, state0)
+            y0, solver_state0 = where(known, state0, undone)
+            y1, aux = linearise(y0, solver_state0)
+            new = self._pull_back(start, step, y0, aux, pull_back_controls)
+            return y0, undone, y1, jnp.zeros((), jnp.result_type(float)), new
+
+        def shared():
+            y0, solver_state0, records = local.record_back(
+                terms, step, position.y, args, position.hint
+            )
+            y1, aux = linearise(y0, solver_state0, records)
+            new = self._pull_back(start, step, y0, aux, pull_back_controls)
+            *_, off = aux
+            return y0, (y0, solver_state0), y1, off, new
+
+        # A step from a known state is not undone. If it is one of a batch then neither
+        # is anything shared by the others.
+        *out, new = lax.cond(eqxi.unvmap_any(known), plain, shared)
+        grads = add(position.grads, new.grads)
+        return *out, eqx.tree_at(lambda p: p.grads, new, grads)
 
     def start_probe(self, index: IntScalarLike, y: Y, hint: PyTree) -> Probe | None:
         """What to set `Position.probe` to, where the state is known."""
@@ -404,9 +462,10 @@ class ReverseStep(eqx.Module):
         has_grad_controls: bool,
         y0: Y,
         solver_state0: PyTree,
+        records: PyTree = None,
     ) -> tuple[Y, PyTree]:
-        """Makes a step. Returns `y1`, and all that is needed in order to pull back
-        cotangents through it."""
+        """Makes a step, from `records` if there are any. Returns `y1`, and all that is
+        needed in order to pull back cotangents through it."""
         diff_state, nondiff_state = eqx.partition(
             (y0, solver_state0), eqx.is_inexact_array
         )
@@ -422,7 +481,10 @@ class ReverseStep(eqx.Module):
                 eqx.combine(_controls, step.controls),
                 is_leaf=lambda x: x is None,
             )
-            y1, dense_info, solver_state1, hint0 = _closed.step(
+            make = _closed.step
+            if records is not None:
+                make = lambda *args: _closed.recall(*args, records)
+            y1, dense_info, solver_state1, hint0, *off = make(
                 _terms,
                 _with_times(_step, _times),
                 _y0,
@@ -433,9 +495,9 @@ class ReverseStep(eqx.Module):
             if no_output:
                 dense_info = None
             out = filter_inexact((y1, solver_state1, dense_info))
-            return out, (y1, dense_info, hint0)
+            return out, (y1, dense_info, hint0, off)
 
-        _, pull_back, (y1, dense_info, hint0) = jax.vjp(
+        _, pull_back, (y1, dense_info, hint0, off) = jax.vjp(
             _local,
             diff_state,
             self.diff_params,
@@ -443,7 +505,7 @@ class ReverseStep(eqx.Module):
             self._times(step),
             has_aux=True,
         )
-        return y1, (dense_info, hint0, pull_back)
+        return y1, (dense_info, hint0, pull_back, *off)
 
     def _pull_back(
         self,
@@ -453,7 +515,7 @@ class ReverseStep(eqx.Module):
         aux: PyTree,
         pull_back_controls: Callable | None,
     ) -> Position:
-        dense_info, hint0, pull_back = aux
+        dense_info, hint0, pull_back, *_ = aux
         index = position.index - 1
         grad_dense_info = None
         grad_times = zeros_like(self._times(step))

@@ -1,6 +1,7 @@
 """Going back over a solve: what is stored, what is made again, and what it costs."""
 
 import itertools as it
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -383,19 +384,22 @@ def _count(adjoint, solver, num_steps, t1, scale):
     field.defvjp(fwd, bwd)
 
     def solve(args):
+        terms = diffrax.ODETerm(lambda t, y, args: field(y, args))
+        y0 = jnp.array([1.0, 2.0])
+        if isinstance(solver, diffrax.SemiImplicitEuler):
+            terms, y0 = (terms, terms), (y0, y0)
         sol = diffrax.diffeqsolve(
-            diffrax.ODETerm(lambda t, y, args: field(y, args)),
+            terms,
             solver,
             0.0,
             t1,
             t1 / num_steps,
-            jnp.array([1.0, 2.0]),
+            y0,
             args,
             adjoint=adjoint,
             max_steps=num_steps + 1,
         )
-        assert sol.ys is not None
-        return jnp.sum(sol.ys)
+        return sum(jnp.sum(y) for y in jtu.tree_leaves(sol.ys))
 
     scale = jnp.asarray(scale)
     loss = lambda args: jnp.sum(jnp.vectorize(solve)(args))
@@ -431,6 +435,33 @@ def test_least_cost(solver, num_stages, checkpoints, certificate):
         n += 1
     assert expected - 1 <= primal <= expected
     assert linearised == transposed == num_stages * n
+
+
+@pytest.mark.parametrize(
+    "solver, num_evaluations",
+    (
+        pytest.param(diffrax.UReversible(diffrax.Heun()), 4, id="UReversible"),
+        pytest.param(
+            diffrax.UReversible(diffrax.Tsit5()),
+            12,
+            id="UReversible(Tsit5)",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(diffrax.SemiImplicitEuler(), 2, id="SemiImplicitEuler"),
+        pytest.param(
+            diffrax.LeapfrogMidpoint(),
+            1,
+            id="LeapfrogMidpoint",
+            marks=pytest.mark.slow,
+        ),
+    ),
+)
+def test_least_cost_in_closed_form(solver, num_evaluations):
+    # Nothing but the forward pass, the linearisation and its transpose.
+    n = 40
+    adjoint = diffrax.ReversibleAdjoint(checkpoints=4, certificate="cheap")
+    expected = [num_evaluations * n] * 3
+    assert list(_count(adjoint, solver, n, 1e-3, 1.0)) == expected
 
 
 @pytest.mark.parametrize(
@@ -508,6 +539,109 @@ class _Backward(diffrax.LeapfrogMidpoint):
 
     def backward_step(self, *args, **kwargs) -> Any:
         return self.change(super().backward_step(*args, **kwargs))
+
+
+class _TwoHalves(diffrax.LeapfrogMidpoint):
+    """The mean of two increments, at points that are not the same."""
+
+    def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
+        tm1, ym1 = solver_state
+        y1 = ym1 + self._mean(terms, t0, y0, args, terms.contr(tm1, t1))
+        result = diffrax.RESULTS.successful
+        return y1, None, dict(y0=y0, y1=y1), (t0, y0), result
+
+    def backward_step(self, terms, t0, t1, y1, args, solver_state, made_jump):
+        tm1, y0 = solver_state
+        ym1 = y1 - self._mean(terms, t0, y0, args, terms.contr(tm1, t1))
+        return y0, dict(y0=y0, y1=y1), (tm1, ym1)
+
+    def _mean(self, terms, t, y, args, control):
+        prods = [terms.vf_prod(t, x, args, control) for x in (y, 1.01 * y)]
+        return 0.5 * sum(prods)
+
+
+class _Shares(_TwoHalves):
+    shared_evaluations = (0, 1)
+
+
+class _SharesOne(_TwoHalves):
+    shared_evaluations = (None, 1)
+
+
+class _SharesWrong(_TwoHalves):
+    shared_evaluations = (1, 0)
+
+
+class _SharesNothing(_Shares):
+    # Nobody has said so of this method.
+    def backward_step(self, *args, **kwargs) -> Any:
+        return super().backward_step(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "solver, primal, linearised",
+    (
+        pytest.param(_TwoHalves(), 2, 2, id="nothing", marks=pytest.mark.slow),
+        pytest.param(_Shares(), 0, 2, id="all"),
+        pytest.param(_SharesOne(), 1, 2, id="one", marks=pytest.mark.slow),
+        pytest.param(_SharesNothing(), 2, 2, id="overridden"),
+    ),
+)
+def test_cost_of_what_is_shared(solver, primal, linearised):
+    n = 20
+    adjoint = diffrax.ReversibleAdjoint(checkpoints=0, certificate="cheap")
+    counts = list(_count(adjoint, solver, n, 1e-3, 1.0))
+    assert counts == [2 * n + primal * (n - 1), linearised * n, linearised * n]
+
+
+def _gradient_of_shared(solver, adjoint):
+    def loss(args):
+        sol = diffrax.diffeqsolve(
+            diffrax.ODETerm(lambda t, y, args: args * jnp.sin(y[::-1])),
+            solver,
+            0.0,
+            1.0,
+            0.1,
+            jnp.array([0.3, -0.2]),
+            args,
+            adjoint=adjoint,
+            max_steps=16,
+        )
+        assert sol.ys is not None
+        return jnp.sum(sol.ys[-1] ** 2)
+
+    return eqx.filter_jit(jax.grad(loss))(jnp.array([0.7, 0.5]))
+
+
+def test_shared_by_mistake():
+    expected = _gradient_of_shared(_SharesWrong(), diffrax.RecursiveCheckpointAdjoint())
+    adjoint = diffrax.ReversibleAdjoint(checkpoints=1, certificate="cheap")
+    gradient = _gradient_of_shared(_SharesWrong(), adjoint)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-12)
+    # With nothing to make steps again from.
+    adjoint = diffrax.ReversibleAdjoint(0, "cheap", on_failure="nan")
+    gradient = _gradient_of_shared(_SharesWrong(), adjoint)
+    assert np.all(np.isnan(gradient))
+
+
+@pytest.mark.parametrize(
+    "shared, match",
+    (
+        ((0,), "`step(...)` makes 2 evaluations"),
+        ((0, 2), "`backward_step(...)` makes 2 evaluations"),
+        ((0, 0.5), "must be a tuple of integers and `None`"),
+        ([0, 1], "must be a tuple of integers and `None`"),
+    ),
+)
+def test_shared_evaluations_are_checked(shared, match):
+    class Shares(_TwoHalves):
+        shared_evaluations = shared
+
+    match = re.escape(
+        match.replace("`step", "`Shares.step").replace("`backward", "`Shares.backward")
+    )
+    with pytest.raises(ValueError, match=match):
+        _gradient_of_shared(Shares(), diffrax.ReversibleAdjoint())
 
 
 @pytest.mark.parametrize(

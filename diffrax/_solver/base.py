@@ -1,4 +1,5 @@
 import abc
+from typing import ClassVar
 
 from jaxtyping import PyTree
 
@@ -55,7 +56,18 @@ class AbstractReversibleSolver(AbstractSolver[_SolverState]):
 
     Most solvers need neither `record_state` nor `restore_state`, whose defaults record
     nothing and change nothing.
+
+    If `step` and `backward_step` evaluate the vector field at the same points, then the
+    class attribute `shared_evaluations` can say so, for it not to be evaluated twice
+    when going back. It is a tuple with one entry for each evaluation in `step`, in
+    order: the number, counted from 0, of the evaluation in `backward_step` that is at
+    the same `t` and `y`, with the same control if there is one; or `None` if there is
+    no such evaluation. If there are several terms then this holds for each of them. The
+    default is `None`: nothing is shared.
     """
+
+    # Documented above.
+    shared_evaluations: ClassVar[tuple[int | None, ...] | None] = None
 
     @abc.abstractmethod
     def backward_step(

@@ -44,6 +44,8 @@ class LeapfrogMidpoint(_LeapfrogMidpoint, AbstractReversibleSolver):
         ```
     """
 
+    shared_evaluations = (0,)
+
     def backward_step(
         self,
         terms: AbstractTerm,

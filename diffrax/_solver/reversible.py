@@ -240,6 +240,12 @@ class UReversible(
         return "lax"
 
     @property
+    def shared_evaluations(self) -> tuple[int, ...]:
+        # `backward_step` makes the two halves of `step` in the opposite order.
+        num_stages = _num_stages(self._tableau)
+        return (*range(num_stages, 2 * num_stages), *range(num_stages))
+
+    @property
     def _tableau(self) -> ButcherTableau:
         if isinstance(self.solver, Euler):
             return _euler_tableau
@@ -458,6 +464,11 @@ def _combine(coefficients: np.ndarray, k: list[Y]) -> Y:
     return out.ω
 
 
+def _num_stages(tableau: ButcherTableau) -> int:
+    """How many there are without the last one of a first-same-as-last method."""
+    return tableau.num_stages - 1 if tableau.fsal else tableau.num_stages
+
+
 def _stages(
     tableau: ButcherTableau,
     terms: AbstractTerm,
@@ -471,7 +482,7 @@ def _stages(
     """The stages `k_i` of one step, without the last one if that is the first stage of
     the step that comes next. If `k0`, the first one, is known then it is not evaluated.
     """
-    num_stages = tableau.num_stages - 1 if tableau.fsal else tableau.num_stages
+    num_stages = _num_stages(tableau)
     k = [terms.vf_prod(t0, y0, args, control) if k0 is None else k0]
     for a_i, c_i in zip(tableau.a_lower[: num_stages - 1], tableau.c):
         # No floating point error

@@ -42,6 +42,8 @@ class SemiImplicitEuler(_SemiImplicitEuler, AbstractReversibleSolver):
         ```
     """
 
+    shared_evaluations = (0,)
+
     def backward_step(
         self,
         terms: tuple[AbstractTerm, AbstractTerm],

@@ -1,0 +1,258 @@
+"""Evaluations of the vector field that undoing a step and linearising it share.
+
+A step that has an inverse in closed form evaluates the vector field at the same points
+whether it is made or undone. So what was evaluated in order to undo it need not be
+evaluated again to linearise it, provided that the derivative is taken along: it is
+recorded where the step is undone, and the step that is linearised takes it from there.
+"""
+
+import functools as ft
+import itertools as it
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.extend as jex
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, PyTree, Real
+
+from ._custom_types import Args, BoolScalarLike, DenseInfo, Y
+from ._known_controls import is_single_term, TermWithControl
+from ._point_distance import distance
+from ._recorded_field import Call, Evaluation, Point, RecordedField
+from ._reversal import AbstractReversal
+from ._step_record import Step
+from ._term import AbstractTerm
+
+
+# Older versions of JAX have the second one.
+_trace_state: Any = (
+    getattr(jex.core, "get_opaque_trace_state", None) or jax.core.get_opaque_trace_state  # pyright: ignore
+)
+
+# By term and evaluation of `step`. `None` for one that is not shared.
+Records = list[list[Evaluation | None]]
+
+
+class _Watched(TermWithControl):
+    """A term, the evaluations of which are made by somebody else."""
+
+    evaluate: Callable[..., Any] = eqx.field(static=True)
+
+    def contr(self, t0, t1, **kwargs):
+        return self.wrapped.contr(t0, t1, **kwargs)
+
+    def vf(self, t, y, args):
+        return self.evaluate("vf", (self.wrapped, t, y, args))
+
+    def vf_prod(self, t, y, args, control):
+        return self.evaluate("vf_prod", (self.wrapped, t, y, args, control))
+
+
+def _watch(
+    terms: PyTree[AbstractTerm], handle: Callable[[Call], PyTree]
+) -> PyTree[AbstractTerm]:
+    """The same terms, evaluated by `handle`."""
+    state = _trace_state()
+
+    def evaluate(term, counter, name, arguments):
+        if _trace_state() != state:
+            # Inside of `jax.lax.cond`, say: nothing that is recorded gets out of there.
+            return Call(term, -1, name, arguments).evaluate()
+        return handle(Call.of(term, next(counter), name, arguments))
+
+    leaves, treedef = jtu.tree_flatten(terms, is_leaf=is_single_term)
+    watched = [
+        _Watched(term, ft.partial(evaluate, i, it.count()))
+        for i, term in enumerate(leaves)
+    ]
+    return jtu.tree_unflatten(treedef, watched)
+
+
+class _Heard(NamedTuple):
+    """An evaluation that was listened to."""
+
+    name: str
+    has_args: bool
+    point: Point
+    field: RecordedField
+
+    def can_share(self, other: "_Heard") -> bool:
+        """Whether they can be one, if they are at the same point."""
+        same = self.name == other.name and self.has_args and other.has_args
+        return same and self.field.can_be_recorded and other.field.can_be_recorded
+
+
+class SharedEvaluations:
+    """Those parts of a solve that are others if evaluations are shared. They are traced
+    one after the other, and the vector field once for all of them.
+
+    `prepare` is a function of `(terms, step, y)`, which returns the terms to
+    pass to the solver."""
+
+    def __init__(
+        self,
+        reversal: AbstractReversal,
+        prepare: Callable[..., PyTree[AbstractTerm]],
+        terms: PyTree[AbstractTerm],
+    ):
+        self._reversal = reversal
+        self._prepare = prepare
+        self._num_terms = len(jtu.tree_leaves(terms, is_leaf=is_single_term))
+        self._fields: list[tuple[int, str, RecordedField]] = []
+        # For each term and evaluation in a step, that in a step back.
+        self._plan: list[list[int | None]] = []
+
+    @classmethod
+    def of(
+        cls,
+        reversal: AbstractReversal,
+        prepare: Callable[..., PyTree[AbstractTerm]],
+        terms: PyTree[AbstractTerm],
+        step: Step,
+        y: Y,
+        args: Args,
+        solver_state: PyTree,
+    ) -> "SharedEvaluations | None":
+        """`None` if there is nothing to be shared."""
+        declared = reversal.shared_evaluations
+        if declared is None:
+            return None
+        shared = cls(reversal, prepare, terms)
+        made, undone = shared._listen(terms, step, y, args, solver_state)
+        plan_of_term = ft.partial(_plan, type(reversal.solver).__name__, declared)
+        shared._plan = list(map(plan_of_term, made, undone))
+        is_shared = any(k is not None for ks in shared._plan for k in ks)
+        return shared if is_shared else None
+
+    def record_back(
+        self, terms: PyTree[AbstractTerm], step: Step, y1: Y, args: Args, hint: PyTree
+    ) -> tuple[Y, PyTree, Records]:
+        """Undoes a step. Returns `(y0, solver_state)`, and what was evaluated."""
+        found: list[dict[int | None, Evaluation | None]]
+        found = [{None: None} for _ in self._plan]
+
+        def handle(call):
+            if call.number not in self._plan[call.term]:
+                return call.evaluate()
+            out, evaluation = self._field(call).record(call)
+            found[call.term][call.number] = evaluation
+            return out
+
+        terms = self._prepare(terms, step, y1)
+        y0, solver_state0 = self._reversal.step_back(
+            _watch(terms, handle), step, y1, args, hint
+        )
+        records = [[of_term[k] for k in ks] for of_term, ks in zip(found, self._plan)]
+        return y0, solver_state0, records
+
+    def recall(
+        self,
+        terms: PyTree[AbstractTerm],
+        step: Step,
+        y0: Y,
+        args: Args,
+        solver_state: PyTree,
+        has_output: BoolScalarLike,
+        records: Records,
+    ) -> tuple[Y, DenseInfo, PyTree, PyTree, Real[Array, ""]]:
+        """Makes a step from what was evaluated when undoing it. Returns what that of
+        the reversal does, and by how much the points are off at which that was."""
+        pairs: list[tuple[Point, Evaluation]] = []
+        perturbed = eqx.filter(y0, eqx.is_inexact_array)
+
+        def handle(call):
+            evaluation = records[call.term][call.number]
+            if evaluation is None:
+                return call.evaluate()
+            pairs.append((Point.of(call), evaluation))
+            return self._field(call).recall(call, evaluation, perturbed)
+
+        terms = self._prepare(terms, step, y0)
+        y1, dense_info, solver_state1, hint = self._reversal.step(
+            _watch(terms, handle), step, y0, args, solver_state, has_output
+        )
+        inexact = eqx.filter((pairs, step.t0, step.t1, y0, y1), eqx.is_inexact_array)
+        off = distance(*lax.stop_gradient(inexact))
+        return y1, dense_info, solver_state1, hint, off
+
+    def _field(self, call: Call) -> RecordedField:
+        for term, name, field in self._fields:
+            if (term, name) == (call.term, call.name) and field.fits(call):
+                return field
+        field = RecordedField(call)
+        self._fields.append((call.term, call.name, field))
+        return field
+
+    def _listen(
+        self,
+        terms: PyTree[AbstractTerm],
+        step: Step,
+        y: Y,
+        args: Args,
+        solver_state: PyTree,
+    ) -> tuple[list[list[_Heard]], list[list[_Heard]]]:
+        """The evaluations of each term in a step, and in a step back."""
+        made, undone = ([[] for _ in range(self._num_terms)] for _ in range(2))
+
+        def watch(terms, args, heard):
+            def handle(call):
+                point = jtu.tree_map(
+                    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), Point.of(call)
+                )
+                has_args, field = call.has_args(args), self._field(call)
+                heard[call.term].append(_Heard(call.name, has_args, point, field))
+                return call.evaluate()
+
+            return _watch(terms, handle)
+
+        def make_and_undo(terms, step, y, args, solver_state):
+            terms = self._prepare(terms, step, y)
+            y1, _, _, hint = self._reversal.step(
+                watch(terms, args, made), step, y, args, solver_state, jnp.array(True)
+            )
+            self._reversal.step_back(watch(terms, args, undone), step, y1, args, hint)
+
+        eqx.filter_eval_shape(make_and_undo, terms, step, y, args, solver_state)
+        return made, undone
+
+
+def _plan(
+    name: str,
+    declared: tuple[int | None, ...],
+    made: list[_Heard],
+    undone: list[_Heard],
+) -> list[int | None]:
+    """Which evaluations of a term to share."""
+    if len(made) == len(undone) == 0:
+        return []
+    says = f"`{name}.shared_evaluations` is {declared}, but "
+    elsewhere = (
+        "of a term (without those inside of `jax.lax.cond`, `jax.jit` and the like, "
+        "which cannot be shared)."
+    )
+    if len(declared) != len(made):
+        raise ValueError(
+            f"{says}`{name}.step(...)` makes {len(made)} evaluations {elsewhere}"
+        )
+    if any(k is not None and not 0 <= k < len(undone) for k in declared):
+        raise ValueError(
+            f"{says}`{name}.backward_step(...)` makes {len(undone)} evaluations "
+            f"{elsewhere}"
+        )
+    plan: list[int | None] = []
+    for i, k in enumerate(declared):
+        if k is None or not made[i].can_share(undone[k]):
+            plan.append(None)
+            continue
+        if not eqx.tree_equal(made[i].point, undone[k].point):
+            raise ValueError(
+                f"{says}evaluation {i} of `{name}.step(...)` is at "
+                f"{eqx.tree_pformat(made[i].point)}, and evaluation {k} of "
+                f"`{name}.backward_step(...)` at {eqx.tree_pformat(undone[k].point)}."
+            )
+        plan.append(k)
+    return plan
