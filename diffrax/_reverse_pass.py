@@ -392,7 +392,7 @@ class ReversePass(eqx.Module):
             grown = jnp.where(limit == no_limit, limit, grown)
             limit = jnp.where(is_right, grown, jnp.maximum(undone // 2, 1))
             rate = jnp.where(again, rate, new.corrections / jnp.maximum(undone, 1))
-            position = where(is_right, new.position, position)
+            position = lax.cond(is_right, lambda: new.position, lambda: position)
             stored = stored.drop(position.index)
             if new.search is not None:
                 planned = new.search.planned
