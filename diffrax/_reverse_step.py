@@ -386,28 +386,33 @@ class ReverseStep(eqx.Module):
         large its error is."""
         probe = position.probe
         assert probe is not None
+        new, span, can_wait = probe.next(step.t0, step.t1)
+        if step.controls is not None:
+            can_wait = False  # That of a longer step is not known.
         if self.closed.increment is None:
-            error, share = self._undo_error(position, step, undone)
-            probe = eqx.tree_at(lambda p: p.error, probe, error)
+            carry = ft.partial(self._undo_error, undone)
         else:
-            new, span, can_wait = probe.next(step.t0, step.t1)
-            if step.controls is not None:
-                can_wait = False  # That of a longer step is not known.
-            probe, share = lax.cond(
-                eqxi.unvmap_all(can_wait),
-                lambda: new.wait(step.t0, step.t1),
-                lambda: self._carry_error(position, step, new, span),
-            )
+            carry = self._carry_error
+        probe, share = lax.cond(
+            eqxi.unvmap_all(can_wait),
+            lambda: new.wait(step.t0, step.t1),
+            lambda: carry(position, step, new, span),
+        )
         error = add(probe.error, self._rounding(position.index, y0, undone[1], share))
         of_y, _ = error
         distance = relative_distance(of_y, zeros_like(of_y), size, self.tolerance())
         return eqx.tree_at(lambda p: p.error, probe, error), distance
 
     def _undo_error(
-        self, position: Position, step: Step, undone: PyTree
-    ) -> tuple[PyTree[Array], PyTree[Array]]:
-        """The error, as a step back has it; and its `share_of`."""
-        assert position.probe is not None
+        self,
+        undone: PyTree,
+        position: Position,
+        step: Step,
+        probe: Probe,
+        span: Real[Array, ""],
+    ) -> tuple[Probe, PyTree[Array]]:
+        """The probe, carried as a step back has it; and its `share_of`. What that step
+        changes is taken to be what each has changed since it was last carried."""
         # Some of the hint may not be floating point.
         has_state = self.closed.reversal.has_state
         state1 = position.y, position.hint if has_state else None
@@ -418,15 +423,21 @@ class ReverseStep(eqx.Module):
             _hint = _hint if has_state else position.hint
             return filter_inexact(self._step_back(step, y, _hint))
 
-        old = position.probe.error
+        length = jnp.abs(step.t1 - step.t0).astype(span.dtype)
+        num_steps = jnp.where(length > 0, span / length, 1)
+        old = probe.error
         new = derivative(_undo, diff, filter_inexact(undone), old)
-        return new, share_of(jtu.tree_map(jnp.subtract, new, old), old)
+        change = jtu.tree_map(
+            lambda a, b: num_steps.astype(a.dtype) * (a - b), new, old
+        )
+        share = share_of(change, old)
+        return probe.carried(add(old, change), step.t0, share, span), share
 
     def _carry_error(
         self, position: Position, step: Step, probe: Probe, span: Real[Array, ""]
     ) -> tuple[Probe, PyTree[Array]]:
-        """The same for a method of at least second order, from where it was last
-        carried to."""
+        """The same for a method of at least second order that is undone numerically,
+        by a step from where it was last carried to."""
         args, terms, local = self.params
         closed = self.closed
         assert closed.increment is not None

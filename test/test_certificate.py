@@ -301,7 +301,10 @@ def test_rounding(dtype):
     assert 0 < jnp.abs(more[0]) <= 0.5 * eps
 
 
-def test_rounding_over_several_steps(monkeypatch):
+@pytest.mark.parametrize(
+    "solver", (diffrax.Heun(), diffrax.UReversible(diffrax.Heun()))
+)
+def test_rounding_over_several_steps(solver, monkeypatch):
     # Where steps are small, the error is carried over four of them at a time: as far as
     # over one by one.
     decay = diffrax.ODETerm(lambda t, y, args: -3 * y)
@@ -310,7 +313,13 @@ def test_rounding_over_several_steps(monkeypatch):
         jax.clear_caches()
         return eqx.filter_jit(diffrax.reversal_report)(
             lambda adjoint, y0: _loss(
-                adjoint, y0, None, terms=decay, dt0=0.01, max_steps=128
+                adjoint,
+                y0,
+                None,
+                terms=decay,
+                solver=solver,
+                dt0=0.01,
+                max_steps=128,
             ),
             _y0,
             adjoint=diffrax.ReversibleAdjoint(0),
