@@ -24,6 +24,17 @@ class ClosedFunction(eqx.Module):
         out = jex.core.jaxpr_as_fun(closed)(*leaves)
         return eqx.combine(self._out_tree.unflatten(out), self._out_static)
 
+    def depends_on(self, wanted: list[bool]) -> list[bool]:
+        """Which arrays of the arguments those of the result that are `wanted` depend
+        on."""
+        is_variable = lambda v: not isinstance(v, jex.core.Literal)
+        out = [v for v, is_wanted in zip(self._jaxpr.outvars, wanted) if is_wanted]
+        found = set(filter(is_variable, out))
+        for eqn in reversed(self._jaxpr.eqns):
+            if any(v in found for v in eqn.outvars):
+                found.update(filter(is_variable, eqn.invars))
+        return [v in found for v in self._jaxpr.invars]
+
 
 def close_function(fn: Callable, *args: PyTree) -> ClosedFunction:
     """`fn`, as a function of arguments like `args`, with all arrays that it closes over

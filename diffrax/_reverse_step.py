@@ -371,8 +371,29 @@ class ReverseStep(eqx.Module):
     def _rounding(
         self, index: IntScalarLike, y: Y, hint: PyTree, share: PyTree[Array] | None
     ) -> PyTree[Array]:
-        tree = filter_inexact((y, hint if self.closed.reversal.has_state else None))
-        return rounding(stop_gradient(tree), index, share)
+        probed, _ = self._split_probed(y, hint)
+        return rounding(stop_gradient(probed), index, share)
+
+    def _split_probed(self, y: Y, hint: PyTree) -> tuple[PyTree, PyTree]:
+        """What is in error of a state; and the rest of it. That of a solver state is
+        what `y` may come to depend on, going back."""
+        if not self.closed.reversal.has_state:
+            return eqx.partition((y, None), eqx.is_inexact_array)
+        step_back: Any = self.closed.step_back
+        (leaves_y, _), (leaves, treedef) = map(jtu.tree_flatten, (y, hint))
+        of_hint = [False] * len(leaves)
+        while True:
+            wanted = [True] * len(leaves_y) + of_hint
+            # The hint is the last of its arguments.
+            found = step_back.depends_on(wanted)[-len(leaves) :]
+            found = [a or b for a, b in zip(of_hint, found)]
+            if found == of_hint:
+                break
+            of_hint = found
+        inexact = [eqx.is_inexact_array(x) and is_in for x, is_in in zip(leaves, found)]
+        mask = jtu.tree_unflatten(treedef, inexact)
+        is_inexact_y = jtu.tree_map(eqx.is_inexact_array, y)
+        return eqx.partition((y, hint), (is_inexact_y, mask))
 
     def _advance_probe(
         self,
@@ -413,20 +434,19 @@ class ReverseStep(eqx.Module):
     ) -> tuple[Probe, PyTree[Array]]:
         """The probe, carried as a step back has it; and its `share_of`. What that step
         changes is taken to be what each has changed since it was last carried."""
-        # Some of the hint may not be floating point.
-        has_state = self.closed.reversal.has_state
-        state1 = position.y, position.hint if has_state else None
-        diff, nondiff = eqx.partition(state1, eqx.is_inexact_array)
+        diff, nondiff = self._split_probed(position.y, position.hint)
 
         def _undo(diff):
-            y, _hint = eqx.combine(diff, nondiff)
-            _hint = _hint if has_state else position.hint
-            return filter_inexact(self._step_back(step, y, _hint))
+            y, hint = eqx.combine(diff, nondiff)
+            hint = hint if self.closed.reversal.has_state else position.hint
+            probed, _ = self._split_probed(*self._step_back(step, y, hint))
+            return probed
 
         length = jnp.abs(step.t1 - step.t0).astype(span.dtype)
         num_steps = jnp.where(length > 0, span / length, 1)
         old = probe.error
-        new = derivative(_undo, diff, filter_inexact(undone), old)
+        value, _ = self._split_probed(*undone)
+        new = derivative(_undo, diff, value, old)
         change = jtu.tree_map(
             lambda a, b: num_steps.astype(a.dtype) * (a - b), new, old
         )
