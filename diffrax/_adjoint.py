@@ -333,7 +333,8 @@ ReversibleAdjoint.__init__.__doc__ = """**Arguments:**
     parts, costs nothing, and may be misled; or `"off"`, with which no step is made
     again because of it, and gradients may be wrong. The full one takes two evaluations
     of the vector field for each step that is undone numerically, or undoing each step a
-    second time; and one step more for each segment.
+    second time (for every fourth step, where steps are small); and one step more for
+    each segment.
 - `on_failure`: What to do with a gradient that has fewer than half of its digits
     according to the certificate, which may happen only with `checkpoints=0`: `"raise"`
     an error (with `diffeqsolve(..., throw=False)` this is as `"nan"`); `"nan"`, to make

@@ -28,7 +28,8 @@ class ClosedFunction(eqx.Module):
         """Which arrays of the arguments those of the result that are `wanted` depend
         on."""
         is_variable = lambda v: not isinstance(v, jex.core.Literal)
-        out = [v for v, is_wanted in zip(self._jaxpr.outvars, wanted) if is_wanted]
+        pairs = zip(self._jaxpr.outvars, wanted, strict=True)
+        out = [v for v, is_wanted in pairs if is_wanted]
         found = set(filter(is_variable, out))
         for eqn in reversed(self._jaxpr.eqns):
             if any(v in found for v in eqn.outvars):

@@ -41,6 +41,11 @@ _never_fused = {
 }
 
 
+# What `jax.checkpoint` says is to be made again, and not to be held: on a CPU, XLA
+# would find that it is there already, if it were not in a branch.
+_made_again = {"checkpoint", "remat", "remat2"}
+
+
 class _Seen:
     """What is known of the evaluations of a term: for each method of it, and each
     structure of `y`, the structure of what it returns, or `None` if there is to be no
@@ -48,6 +53,13 @@ class _Seen:
 
     def __init__(self):
         self.structs: dict[Any, PyTree[jax.ShapeDtypeStruct] | None] = {}
+
+    # Terms are the same whatever is known of them.
+    def __eq__(self, other):
+        return isinstance(other, _Seen)
+
+    def __hash__(self):
+        return hash(_Seen)
 
 
 class _Fenced(TermWithControl):
@@ -76,8 +88,8 @@ class _Fenced(TermWithControl):
         if key not in self.seen.structs:
             closed, struct, static = eqx.filter_make_jaxpr(fn)()
             is_simple = len(jtu.tree_leaves(static)) == 0
-            is_fused = is_simple and not _has_any(closed.jaxpr, _never_fused)
-            self.seen.structs[key] = struct if is_fused else None
+            is_fenced = is_simple and _needs_fence(closed.jaxpr)
+            self.seen.structs[key] = struct if is_fenced else None
         struct = self.seen.structs[key]
         if struct is None:
             return fn()
@@ -105,6 +117,10 @@ def fence(terms: PyTree[AbstractTerm], y: Y) -> PyTree[AbstractTerm]:
     if _size(y) < _least_size:
         return terms
     return map_single_terms(lambda term: _Fenced(term, _Seen()), terms)
+
+
+def _needs_fence(jaxpr: Any) -> bool:
+    return _has_any(jaxpr, _made_again) or not _has_any(jaxpr, _never_fused)
 
 
 def _has_any(jaxpr: Any, names: set[str]) -> bool:

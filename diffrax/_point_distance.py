@@ -24,7 +24,8 @@ def distance(
     pairs: list[tuple[Point, Evaluation]], t0: Any, t1: Any, y0: Y, y1: Y
 ) -> Real[Array, ""]:
     """By how much the points that were asked for differ from those that were recorded,
-    all of them together, as a fraction of how large `t` and `y` are over the step.
+    all of them together, as a fraction of how large `y` is over the step, and of the
+    length of the step, but for rounding errors of `t`.
 
     (A fraction of how large the point is by itself would not do: a state that passes
     through zero is not had to that.)"""
@@ -35,6 +36,7 @@ def distance(
         )
     zero = jnp.zeros((), jnp.result_type(float))
     size_t, size_y = _largest(t0, t1), _largest(y0, y1)
+    length = _max(jnp.abs(t1 - t0))
     distances = []
     for group in groups.values():
         point, _ = group[0]
@@ -46,7 +48,13 @@ def distance(
             jtu.tree_map(lambda a, b: a - b, point, evaluation.point)
             for point, evaluation in group
         ]
-        distances += _ratios(_total(*(x.t for x in off)), size_t)
+        # Each is known to a few units of rounding.
+        known = 4 * len(off) * float(jnp.finfo(jnp.result_type(t0)).eps)
+        excess = [
+            jnp.maximum(x - known * size, 0)
+            for x, size in zip(_total(*(x.t for x in off)), size_t)
+        ]
+        distances += _ratios(excess, it.repeat(length))
         distances += _ratios(_total(*(x.y for x in off)), sizes)
         controls = [evaluation.point.control for _, evaluation in group]
         of_control = _ratios(_total(*(x.control for x in off)), _largest(*controls))

@@ -1,6 +1,7 @@
 """Evaluations of a vector field, recorded such that they can be had again, derivative
 and all, without evaluating anything."""
 
+import operator
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -8,13 +9,11 @@ import jax
 import jax.extend as jex
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from jaxtyping import Array, PyTree
 
 from ._custom_types import Args
-
-
-# Older versions of JAX have the second one.
-_get_aval: Any = getattr(jax, "typeof", None) or jax.core.get_aval  # pyright: ignore
+from ._without_tangents import get_aval
 
 
 class Call(NamedTuple):
@@ -86,7 +85,7 @@ class RecordedField:
     def __init__(self, call: Call):
         dynamic, self._static = eqx.partition(call.arguments, eqx.is_array)
         leaves, self._in_tree = jtu.tree_flatten(dynamic)
-        self._avals = [_get_aval(x) for x in leaves]
+        self._avals = [get_aval(x) for x in leaves]
 
         def evaluate(*leaves):
             arguments = eqx.combine(self._in_tree.unflatten(leaves), self._static)
@@ -110,18 +109,20 @@ class RecordedField:
         # fewer operands, unless it is because of the others.
         try:
             self._linearise(operands)
-            self.can_be_recorded = True
         except Exception:
             self.can_be_recorded = False
+        else:
+            self._find_residuals()
+            self.can_be_recorded = True
 
     def fits(self, call: Call) -> bool:
-        """Whether this is the method for arguments like these, of the same term."""
+        """Whether this is the method for arguments like these, of such a term."""
         dynamic, static = eqx.partition(call.arguments, eqx.is_array)
         leaves, in_tree = jtu.tree_flatten(dynamic)
-        if in_tree != self._in_tree or self._avals != [_get_aval(x) for x in leaves]:
+        if in_tree != self._in_tree or self._avals != [get_aval(x) for x in leaves]:
             return False
-        static, static2 = (jtu.tree_leaves(x[1:]) for x in (static, self._static))
-        return len(static) == len(static2) and all(map(_is, static, static2))
+        static, static2 = (jtu.tree_leaves(x) for x in (static, self._static))
+        return len(static) == len(static2) and all(map(operator.is_, static, static2))
 
     def record(self, call: Call) -> tuple[PyTree, Evaluation]:
         """What comes of an evaluation."""
@@ -187,7 +188,6 @@ class RecordedField:
 
         self._linearised = jax.make_jaxpr(record)(*operands)
         jax.make_jaxpr(check)(*operands)
-        self._find_residuals()
 
     def _find_residuals(self) -> None:
         """Where the residuals come from: those that are among the operands or the
@@ -203,7 +203,8 @@ class RecordedField:
         self._recorded: list[int] = []
         for i, x in enumerate(jaxpr.outvars[self._num_out :], self._num_out):
             if is_literal(x):
-                self._sources.append(jnp.asarray(x.val, x.aval.dtype))
+                # Not a JAX array, which would be one of this trace alone.
+                self._sources.append(np.asarray(x.val, x.aval.dtype))
             elif x in consts:
                 self._sources.append(consts[x])
             else:
@@ -228,7 +229,3 @@ class RecordedField:
     def _complete(self, out: list[Any]) -> PyTree:
         out = jtu.tree_unflatten(self._out_tree, out)
         return eqx.combine(out, self._out_static)
-
-
-def _is(x: Any, y: Any) -> bool:
-    return x is y

@@ -24,6 +24,7 @@ from ._custom_types import (
     Y,
 )
 from ._invert_step import relative_distance, root, Search
+from ._known_controls import has_no_controls
 from ._reverse_output import (
     add,
     Cursor,
@@ -384,13 +385,17 @@ class ReverseStep(eqx.Module):
         of_hint = [False] * len(leaves)
         while True:
             wanted = [True] * len(leaves_y) + of_hint
+            found = step_back.depends_on(wanted)
             # The hint is the last of its arguments.
-            found = step_back.depends_on(wanted)[-len(leaves) :]
-            found = [a or b for a, b in zip(of_hint, found)]
+            found = found[len(found) - len(leaves) :]
+            found = [a or b for a, b in zip(of_hint, found, strict=True)]
             if found == of_hint:
                 break
             of_hint = found
-        inexact = [eqx.is_inexact_array(x) and is_in for x, is_in in zip(leaves, found)]
+        inexact = [
+            eqx.is_inexact_array(x) and is_in
+            for x, is_in in zip(leaves, found, strict=True)
+        ]
         mask = jtu.tree_unflatten(treedef, inexact)
         is_inexact_y = jtu.tree_map(eqx.is_inexact_array, y)
         return eqx.partition((y, hint), (is_inexact_y, mask))
@@ -407,9 +412,11 @@ class ReverseStep(eqx.Module):
         large its error is."""
         probe = position.probe
         assert probe is not None
-        new, span, can_wait = probe.next(step.t0, step.t1)
-        if step.controls is not None:
-            can_wait = False  # That of a longer step is not known.
+        new, span, can_wait = probe.next(position.index, step.t0, step.t1)
+        _, terms, _ = self.params
+        if not has_no_controls(terms):
+            # That of a longer step is not known, and one step tells nothing of another.
+            can_wait = False
         if self.closed.increment is None:
             carry = ft.partial(self._undo_error, undone)
         else:
@@ -443,7 +450,8 @@ class ReverseStep(eqx.Module):
             return probed
 
         length = jnp.abs(step.t1 - step.t0).astype(span.dtype)
-        num_steps = jnp.where(length > 0, span / length, 1)
+        # If this step is shorter than all of the others, not all of these count.
+        num_steps = jnp.where(length > 0, jnp.minimum(span / length, 24), 1)
         old = probe.error
         value, _ = self._split_probed(*undone)
         new = derivative(_undo, diff, value, old)

@@ -75,15 +75,14 @@ def _watch(
 class _Heard(NamedTuple):
     """An evaluation that was listened to."""
 
-    name: str
     has_args: bool
     point: Point
     field: RecordedField
 
     def can_share(self, other: "_Heard") -> bool:
         """Whether they can be one, if they are at the same point."""
-        same = self.name == other.name and self.has_args and other.has_args
-        return same and self.field.can_be_recorded and other.field.can_be_recorded
+        same = self.field is other.field and self.has_args and other.has_args
+        return same and self.field.can_be_recorded
 
 
 class SharedEvaluations:
@@ -204,7 +203,7 @@ class SharedEvaluations:
                     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), Point.of(call)
                 )
                 has_args, field = call.has_args(args), self._field(call)
-                heard[call.term].append(_Heard(call.name, has_args, point, field))
+                heard[call.term].append(_Heard(has_args, point, field))
                 return call.evaluate()
 
             return _watch(terms, handle)

@@ -14,7 +14,7 @@ from jaxtyping import Array, PyTree, Real
 
 
 # JAX has had the first of these since 0.6, and the second one until then.
-_get_aval: Any = getattr(jax, "typeof", None) or jax.core.get_aval  # pyright: ignore
+get_aval: Any = getattr(jax, "typeof", None) or jax.core.get_aval  # pyright: ignore
 _p = jex.core.Primitive("without_tangents")
 _p.multiple_results = True
 
@@ -29,7 +29,7 @@ def _jvp(primals, tangents):
     t_token, *ts = tangents
     if isinstance(t_token, ad.Zero):
         return _p.bind(token, *xs), ts
-    return xs, [ad.Zero(_get_aval(x)) for x in xs]
+    return xs, [ad.Zero(get_aval(x)) for x in xs]
 
 
 def _batch(args, axes):

@@ -302,11 +302,13 @@ def test_rounding(dtype):
 
 
 @pytest.mark.parametrize(
-    "solver", (diffrax.Heun(), diffrax.UReversible(diffrax.Heun()))
+    "solver, rtol",
+    # It grows by a factor of 20, and in closed form to first order in each of 25 times.
+    ((diffrax.Heun(), 0.1), (diffrax.UReversible(diffrax.Heun()), 0.25)),
 )
-def test_rounding_over_several_steps(solver, monkeypatch):
-    # Where steps are small, the error is carried over four of them at a time: as far as
-    # over one by one.
+def test_rounding_over_several_steps(solver, rtol, monkeypatch):
+    # Where steps are small, the error is carried over about four of them at a time: as
+    # far as over one by one.
     decay = diffrax.ODETerm(lambda t, y, args: -3 * y)
 
     def report():
@@ -329,7 +331,42 @@ def test_rounding_over_several_steps(solver, monkeypatch):
     monkeypatch.setattr(_rounding_probe, "_longest_wait", 0)
     one = report()
     assert several != one
-    np.testing.assert_allclose(several, one, rtol=0.1)
+    np.testing.assert_allclose(several, one, rtol=rtol)
+
+
+def test_no_period_hides():
+    # As `hump` of the benchmark, but with pulses: there is nothing to be seen in two of
+    # four steps, nor in the first ones of the solve.
+    num_steps, t1 = 300, 2.6
+
+    def field(t, y, args):
+        near, other = y
+        away = near - jnp.cos(t)
+        phase = jnp.round(t * num_steps / t1).astype(int) % 4
+        pulse = jnp.where((phase == 1) | (phase == 2), 2.0, 0.0)
+        seen = jnp.where(t > 0.3, 1e3 * away, 0.0)
+        change = 14 * (1 - t) * pulse * away - jnp.sin(t)
+        return change, args * other * jnp.sin(1 + seen)
+
+    def loss(adjoint, args):
+        sol = diffrax.diffeqsolve(
+            diffrax.ODETerm(field),
+            diffrax.Heun(),
+            *(0.0, t1, t1 / num_steps, (jnp.array(1.0), jnp.array(1.0)), args),
+            adjoint=adjoint,
+            max_steps=num_steps,
+        )
+        assert sol.ys is not None
+        return sol.ys[1][-1]
+
+    adjoint = diffrax.ReversibleAdjoint(0, on_failure="ignore")
+    report = eqx.filter_jit(diffrax.reversal_report)(
+        loss, jnp.array(0.0), adjoint=adjoint
+    )
+    expected = jax.jit(jax.grad(ft.partial(loss, diffrax.RecursiveCheckpointAdjoint())))
+    (gradient,) = report.grads
+    assert abs(gradient / expected(0.0) - 1) > report.tolerance
+    assert np.nanmax(report.rounding) > report.tolerance
 
 
 @pytest.mark.parametrize("max_corrections", (0, 1))
