@@ -10,7 +10,12 @@ import jax.tree_util as jtu
 from jaxtyping import PyTree
 
 from ._custom_types import Args, BoolScalarLike, DenseInfo, RealScalarLike, VF, Y
-from ._solver import AbstractReversibleSolver, AbstractSolver
+from ._solver import (
+    AbstractReversibleSolver,
+    AbstractSolver,
+    ReversibleHeun,
+    UReversible,
+)
 from ._solver.fixed_point_reversible import UnrolledSolver
 from ._step_record import Step
 from ._term import AbstractTerm
@@ -29,12 +34,15 @@ class AbstractReversal(eqx.Module):
     has_state: eqx.AbstractClassVar[bool]
     # Whether undoing a step takes iteration: then `step_back` is no more than a guess.
     iterates: eqx.AbstractClassVar[bool]
-    # Whether the solver takes terms that know their controls.
-    knows_controls: eqx.AbstractClassVar[bool]
     # If it does: how often to correct the guess.
     max_corrections: eqx.AbstractVar[int]
     # Whether there is a `step_back`. If not then every step is made from a known state.
     can_step_back: eqx.AbstractClassVar[bool]
+
+    @property
+    def knows_controls(self) -> bool:
+        """Whether the solver takes terms that know their controls."""
+        return False
 
     @property
     def shared_evaluations(self) -> tuple[int | None, ...] | None:
@@ -108,7 +116,11 @@ class AlgebraicReversal(AbstractReversal):
     has_state: ClassVar[bool] = True
     iterates: ClassVar[bool] = False
     can_step_back: ClassVar[bool] = True
-    knows_controls: ClassVar[bool] = False
+
+    @property
+    def knows_controls(self):
+        # Of others it is not known what they ask of their terms.
+        return type(self.solver) in (ReversibleHeun, UReversible)
 
     @property
     def shared_evaluations(self):
@@ -185,7 +197,10 @@ class NumericalReversal(AbstractReversal):
     has_state: ClassVar[bool] = False
     iterates: ClassVar[bool] = True
     can_step_back: ClassVar[bool] = True
-    knows_controls: ClassVar[bool] = True
+
+    @property
+    def knows_controls(self):
+        return True
 
     def vf(self, terms, t, y, args):
         return UnrolledSolver(self.solver).vf(terms, t, y, args)
@@ -230,7 +245,6 @@ class NoReversal(AbstractReversal):
     has_state: ClassVar[bool] = True
     iterates: ClassVar[bool] = False
     can_step_back: ClassVar[bool] = False
-    knows_controls: ClassVar[bool] = False
 
     def step(self, terms, step, y0, args, solver_state, has_output):
         del has_output

@@ -296,6 +296,23 @@ def _least() -> str:
     return _table(head, cells)
 
 
+def _corrections() -> str:
+    rows = _read("corrections")
+    ways = [x for x, of in rows[0].items() if isinstance(of, dict)]
+
+    def cell(of: dict[str, Any]) -> str:
+        evaluations = of["evaluations"]
+        return "–" if evaluations is None else f"{evaluations:.1f}"
+
+    cells = [
+        [row["problem"].replace("_", " "), f"{row['size']:g}"]
+        + [cell(row[way]) for way in ways]
+        + [f"{row['found']:.0%}"]
+        for row in rows
+    ]
+    return _table(["Problem", "$h L$", *ways, "found"], cells)
+
+
 def _peers_machine() -> str:
     return _machine("peers")
 
@@ -322,6 +339,7 @@ tables = {
     "machine": _machine,
     "ratios": _ratios,
     "least": _least,
+    "corrections": _corrections,
     "peers": _peers,
     "peers machine": _peers_machine,
 }
