@@ -281,7 +281,8 @@ def _ratios() -> str:
     ]
     table = _table([*head, "Compiling", "Memory", "Memory to the loop"], cells)
     repeats = {row["repeats"] for row in _read("ratios")}
-    return f"{table}\n\nTimes are medians of {min(repeats)} runs."
+    more = " or more" if len(repeats) > 1 else ""
+    return f"{table}\n\nTimes are medians of {min(repeats)} runs{more}."
 
 
 def _least() -> str:
