@@ -89,6 +89,7 @@ def test_memory(solver, controller, record_size):
     assert growth <= 3 * 64
 
 
+@pytest.mark.slow
 def test_memory_of_many_states():
     # What is stored does not grow with the number of steps; the memory of
     # `DirectAdjoint`, say, does, which shows that such growth would be seen.

@@ -127,7 +127,9 @@ def _random_errors(key, rate, dt0, layout):
     return without, with_, error(adjoint(3)), error(adjoint(0, on_failure="nan"))
 
 
-@pytest.mark.parametrize("layout", ("leaves", "stacked", "growing"))
+@pytest.mark.parametrize(
+    "layout", ("leaves", pytest.param("stacked", marks=pytest.mark.slow), "growing")
+)
 @hypothesis.given(
     seed=st.integers(0, 2**31 - 1),
     rate=st.floats(0.0, 60.0),

@@ -226,6 +226,7 @@ def test_constant_steps_without_a_bound(made_jump):
     _agree(lambda *a: _needs_no_bound(*a, made_jump=made_jump), _params)
 
 
+@pytest.mark.slow
 def test_step_to_without_a_bound():
     ts = jnp.linspace(0, 1, 13) ** 1.5
     kwargs = dict(stepsize_controller=diffrax.StepTo(ts=ts), dt0=None)
@@ -269,6 +270,7 @@ def test_no_end_needs_a_bound():
         jax.block_until_ready(eqx.filter_jit(jax.grad(loss))(_params["y0"]))
 
 
+@pytest.mark.slow
 def test_event_without_a_bound():
     # Of a batch: the times of the steps, which are not recorded, round differently when
     # they are computed again.
@@ -395,10 +397,8 @@ def test_third_derivative(kwargs):
     np.testing.assert_allclose(third(_reversible), expected, rtol=1e-11)
 
 
-@pytest.mark.parametrize(
-    "outer, inner",
-    (pytest.param("args", "y0", marks=pytest.mark.slow), ("y0", "closed")),
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("outer, inner", (("args", "y0"), ("y0", "closed")))
 def test_mixed_second_derivative(outer, inner):
     # Along something that the inner gradient knows nothing of.
     def mixed(adjoint):
@@ -424,6 +424,7 @@ def test_hessian_with_large_steps():
     _agree(loss, params, diffrax.DirectAdjoint(), jax.hessian, rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_memory_of_hessian_vector_product():
     def temp_size(num_steps):
         def loss(y0):

@@ -121,7 +121,7 @@ def _errors(out, expected):
 
 
 def _hard_problems():
-    quick = {("Lorenz", 1e-3, True), ("decay", 1e-3, True)}
+    quick = {("Lorenz", 1e-3, True)}
     quick |= {("Van der Pol", 1e-6, False), ("heat", 1e-6, False)}
     for case in it.product(_problems, (1e-3, 1e-6), (False, True)):
         yield pytest.param(*case, marks=() if case in quick else pytest.mark.slow)
@@ -148,9 +148,10 @@ def test_hard_problems(name, rtol, batch):
         (diffrax.UReversible(diffrax.Heun(), 0.5), diffrax.ConstantStepSize()),
         # Cannot be undone at all.
         (diffrax.Kvaerno3(), diffrax.PIDController(rtol=1e-4, atol=1e-6)),
-        (
+        pytest.param(
             diffrax.HalfSolver(diffrax.Bosh3()),
             diffrax.PIDController(rtol=1e-4, atol=1e-6),
+            marks=pytest.mark.slow,
         ),
     ),
     ids=("UReversible", "Kvaerno3", "HalfSolver"),
@@ -521,6 +522,7 @@ def test_cost_of_making_again(checkpoints):
     assert linearised == transposed == num_stages * n
 
 
+@pytest.mark.slow
 def test_cost_of_a_batch():
     # Its members go back together, those that are easy to go back over and those of
     # which every step has to be made again. If each did so by itself, and had to wait

@@ -48,9 +48,13 @@ def _run(*command: str, env: dict[str, str]) -> str:
     return out.stdout
 
 
-def test_on_eight_devices():
+@pytest.mark.parametrize(
+    "marked", ("not slow", pytest.param("slow", marks=pytest.mark.slow))
+)
+def test_on_eight_devices(marked):
     _run(
         *("-m", "pytest", "--numprocesses=0", "-p", "no:cacheprovider"),
+        *("-m", marked),
         *("-o", "python_functions=check_*", __file__),
         env={"JAX_NUM_CPU_DEVICES": "8"},
     )
@@ -211,7 +215,10 @@ def _expected_of_batch(name):
     return jax.jit(_grad_of_batch(_default, **_batches[name]))(_args, _members)
 
 
-@pytest.mark.parametrize("name", _batches)
+@pytest.mark.parametrize(
+    "name",
+    ("Tsit5", "ReversibleHeun", pytest.param("event, dense", marks=pytest.mark.slow)),
+)
 def check_shard_map(name):
     divided = _put(P(), _args), _put(P("x"), _members)
     parallel = jax.shard_map(
@@ -227,6 +234,7 @@ def check_shard_map(name):
     assert set(_collectives(program)) == {("all-reduce", False, _args.size)}
 
 
+@pytest.mark.slow
 def check_pmap():
     if not hasattr(jax, "pmap"):
         pytest.skip("JAX has no `pmap` any more.")
