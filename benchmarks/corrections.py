@@ -212,7 +212,7 @@ def _undo(
         return (missed > TOLERANCE) & (index < NUM_ROUNDS)
 
     end = setting.step(guess)
-    start = 0, guess, end, (0, guess, guess), miss(guess, end)
+    start = jnp.array(0), guess, end, (0, guess, guess), miss(guess, end)
     index, *_, missed = jax.lax.while_loop(cond_fun, body_fun, start)
     return index, missed <= TOLERANCE, missed
 
