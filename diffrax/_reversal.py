@@ -45,10 +45,11 @@ class AbstractReversal(eqx.Module):
         return False
 
     @property
-    def shared_evaluations(self) -> tuple[int | None, ...] | None:
-        """Which evaluations of the vector field `step` and `step_back` share, as
-        [`diffrax.AbstractReversibleSolver`][] describes it."""
-        return None
+    def shared_evaluations(self) -> dict[str, tuple[int | None, ...]]:
+        """Which evaluations of the vector field `step` and `step_back` share:
+        `shared_evaluations` and `carried_evaluations`, as far as there are any, as
+        [`diffrax.AbstractReversibleSolver`][] describes them."""
+        return {}
 
     def record_state(self, solver_state: PyTree) -> PyTree:
         """What to record of the solver state at the start of every step."""
@@ -124,20 +125,25 @@ class AlgebraicReversal(AbstractReversal):
 
     @property
     def shared_evaluations(self):
+        attributes = "shared_evaluations", "carried_evaluations"
+        found = {x: self._declared(x) for x in attributes}
+        return {x: shared for x, shared in found.items() if shared is not None}
+
+    def _declared(self, attribute: str) -> tuple[int | None, ...] | None:
         # Not if this is of another `step` or another `backward_step` than the class
         # was told of.
         defined = [
             next(i for i, cls in enumerate(type(self.solver).__mro__) if x in vars(cls))
-            for x in ("shared_evaluations", "step", "backward_step")
+            for x in (attribute, "step", "backward_step")
         ]
-        shared = self.solver.shared_evaluations
+        shared = getattr(self.solver, attribute)
         if shared is None or defined[0] > min(defined):
             return None
         if not isinstance(shared, tuple) or not all(map(_is_index, shared)):
             name = type(self.solver).__name__
             raise ValueError(
-                f"`{name}.shared_evaluations` must be a tuple of integers and `None`, "
-                f"but is {shared}."
+                f"`{name}.{attribute}` must be a tuple of integers and `None`, but is "
+                f"{shared}."
             )
         return shared
 

@@ -64,10 +64,16 @@ class AbstractReversibleSolver(AbstractSolver[_SolverState]):
     the same `t` and `y`, with the same control if there is one; or `None` if there is
     no such evaluation. If there are several terms then this holds for each of them. The
     default is `None`: nothing is shared.
+
+    The class attribute `carried_evaluations` says likewise, for each evaluation in
+    `step`, which evaluation is at the same point in the `backward_step` of the step
+    that comes *next* (unless that starts with a jump): of a solver, say, that keeps in
+    its state the vector field with which a step ended, for the next one to start with.
     """
 
     # Documented above.
     shared_evaluations: ClassVar[tuple[int | None, ...] | None] = None
+    carried_evaluations: ClassVar[tuple[int | None, ...] | None] = None
 
     @abc.abstractmethod
     def backward_step(
