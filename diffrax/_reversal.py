@@ -45,7 +45,9 @@ class AbstractReversal(eqx.Module):
         return False
 
     @property
-    def shared_evaluations(self) -> tuple[int | None, ...] | None:
+    def shared_evaluations(
+        self,
+    ) -> tuple[int | None, ...] | tuple[tuple[int | None, ...], ...] | None:
         """Which evaluations of the vector field `step` and `step_back` share, as
         [`diffrax.AbstractReversibleSolver`][] describes it."""
         return None
@@ -133,11 +135,12 @@ class AlgebraicReversal(AbstractReversal):
         shared = self.solver.shared_evaluations
         if shared is None or defined[0] > min(defined):
             return None
-        if not isinstance(shared, tuple) or not all(map(_is_index, shared)):
+        is_by_term = isinstance(shared, tuple) and all(map(_are_indices, shared))
+        if not (is_by_term or _are_indices(shared)):
             name = type(self.solver).__name__
             raise ValueError(
                 f"`{name}.shared_evaluations` must be a tuple of integers and `None`, "
-                f"but is {shared}."
+                f"or a tuple of such tuples, but is {shared}."
             )
         return shared
 
@@ -176,8 +179,11 @@ class AlgebraicReversal(AbstractReversal):
         return y0, solver_state0
 
 
-def _is_index(x: Any) -> bool:
-    return x is None or (isinstance(x, int) and not isinstance(x, bool))
+def _are_indices(x: Any) -> bool:
+    def is_index(i):
+        return i is None or (isinstance(i, int) and not isinstance(i, bool))
+
+    return isinstance(x, tuple) and all(map(is_index, x))
 
 
 def _are_alike(x: PyTree, y: PyTree) -> bool:

@@ -122,8 +122,9 @@ class SharedEvaluations:
             return None
         shared = cls(reversal, prepare, terms)
         made, undone = shared._listen(terms, step, y, args, solver_state)
-        plan_of_term = ft.partial(_plan, type(reversal.solver).__name__, declared)
-        shared._plan = list(map(plan_of_term, made, undone))
+        name = type(reversal.solver).__name__
+        of_terms = _by_term(name, declared, terms)
+        shared._plan = list(map(ft.partial(_plan, name), of_terms, made, undone))
         is_shared = any(k is not None for ks in shared._plan for k in ks)
         return shared if is_shared else None
 
@@ -217,6 +218,23 @@ class SharedEvaluations:
 
         eqx.filter_eval_shape(make_and_undo, terms, step, y, args, solver_state)
         return made, undone
+
+
+def _by_term(
+    name: str,
+    declared: tuple[int | None, ...] | tuple[tuple[int | None, ...], ...],
+    terms: PyTree[AbstractTerm],
+) -> list[Any]:
+    """What is declared of each single term."""
+    leaves = ft.partial(jtu.tree_leaves, is_leaf=is_single_term)
+    if not any(isinstance(x, tuple) for x in declared):
+        return [declared] * len(leaves(terms))
+    if not isinstance(terms, tuple) or len(terms) != len(declared):
+        raise ValueError(
+            f"`{name}.shared_evaluations` is {declared}, which is for a tuple of "
+            f"{len(declared)} terms, but the terms are {eqx.tree_pformat(terms)}."
+        )
+    return [of for of, term in zip(declared, terms) for _ in leaves(term)]
 
 
 def _plan(

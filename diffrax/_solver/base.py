@@ -62,12 +62,15 @@ class AbstractReversibleSolver(AbstractSolver[_SolverState]):
     when going back. It is a tuple with one entry for each evaluation in `step`, in
     order: the number, counted from 0, of the evaluation in `backward_step` that is at
     the same `t` and `y`, with the same control if there is one; or `None` if there is
-    no such evaluation. If there are several terms then this holds for each of them. The
-    default is `None`: nothing is shared.
+    no such evaluation. If there are several terms then this holds for each of them; or,
+    if `terms` is a tuple, it is a tuple of such tuples, one for each term. The default
+    is `None`: nothing is shared.
     """
 
     # Documented above.
-    shared_evaluations: ClassVar[tuple[int | None, ...] | None] = None
+    shared_evaluations: ClassVar[
+        tuple[int | None, ...] | tuple[tuple[int | None, ...], ...] | None
+    ] = None
 
     @abc.abstractmethod
     def backward_step(
