@@ -1,5 +1,19 @@
 from ._adjoint import ReversibleAdjoint
-from ._solver import FixedPointReversible, UReversible
+from ._solver import (
+    BlanesMoan4,
+    BlanesMoan6,
+    BlanesMoanRKN6,
+    FixedPointReversible,
+    ForestRuth,
+    KahanLi6,
+    KahanLi8,
+    PEFRL,
+    PositionVerlet,
+    Ruth3,
+    Suzuki4,
+    UReversible,
+    VelocityVerlet,
+)
 from ._upstream_autocitation import *  # noqa: F403
 from ._upstream_autocitation import (
     _parse_reference as _parse_reference,
@@ -31,6 +45,26 @@ def _reversible_solver(solver, saveat=None):
 def _fixed_point_reversible_solver(solver, saveat=None):
     if type(solver) is FixedPointReversible:
         return _cite_solver(solver.solver, saveat)
+
+
+@citation_rules.append
+def _splitting(solver):
+    if type(solver) in (
+        PositionVerlet,
+        VelocityVerlet,
+        Ruth3,
+        ForestRuth,
+        Suzuki4,
+        PEFRL,
+        BlanesMoan4,
+        BlanesMoan6,
+        BlanesMoanRKN6,
+        KahanLi6,
+        KahanLi8,
+    ):
+        return f"""
+% You are using the {type(solver).__name__} solver, which was introduced in:
+""" + "\n\n".join(_parse_reference_multi(type(solver)))
 
 
 @citation_rules.append

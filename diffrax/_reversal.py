@@ -16,6 +16,7 @@ from ._solver import (
     ReversibleHeun,
     UReversible,
 )
+from ._solver.base import SharedEvaluationsOf
 from ._solver.fixed_point_reversible import UnrolledSolver
 from ._step_record import Step
 from ._term import AbstractTerm
@@ -45,7 +46,7 @@ class AbstractReversal(eqx.Module):
         return False
 
     @property
-    def shared_evaluations(self) -> dict[str, tuple[int | None, ...]]:
+    def shared_evaluations(self) -> dict[str, SharedEvaluationsOf]:
         """Which evaluations of the vector field `step` and `step_back` share:
         `shared_evaluations` and `carried_evaluations`, as far as there are any, as
         [`diffrax.AbstractReversibleSolver`][] describes them."""
@@ -129,7 +130,7 @@ class AlgebraicReversal(AbstractReversal):
         found = {x: self._declared(x) for x in attributes}
         return {x: shared for x, shared in found.items() if shared is not None}
 
-    def _declared(self, attribute: str) -> tuple[int | None, ...] | None:
+    def _declared(self, attribute: str) -> SharedEvaluationsOf | None:
         # Not if this is of another `step` or another `backward_step` than the class
         # was told of.
         defined = [
@@ -139,11 +140,12 @@ class AlgebraicReversal(AbstractReversal):
         shared = getattr(self.solver, attribute)
         if shared is None or defined[0] > min(defined):
             return None
-        if not isinstance(shared, tuple) or not all(map(_is_index, shared)):
+        is_by_term = isinstance(shared, tuple) and all(map(_are_indices, shared))
+        if not (is_by_term or _are_indices(shared)):
             name = type(self.solver).__name__
             raise ValueError(
-                f"`{name}.{attribute}` must be a tuple of integers and `None`, but is "
-                f"{shared}."
+                f"`{name}.{attribute}` must be a tuple of integers and `None`, or a "
+                f"tuple of such tuples, but is {shared}."
             )
         return shared
 
@@ -182,8 +184,11 @@ class AlgebraicReversal(AbstractReversal):
         return y0, solver_state0
 
 
-def _is_index(x: Any) -> bool:
-    return x is None or (isinstance(x, int) and not isinstance(x, bool))
+def _are_indices(x: Any) -> bool:
+    def is_index(i):
+        return i is None or (isinstance(i, int) and not isinstance(i, bool))
+
+    return isinstance(x, tuple) and all(map(is_index, x))
 
 
 def _are_alike(x: PyTree, y: PyTree) -> bool:

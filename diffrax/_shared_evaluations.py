@@ -28,6 +28,7 @@ from ._known_controls import is_single_term, TermWithControl
 from ._point_distance import distance
 from ._recorded_field import Call, Evaluation, Point, RecordedField
 from ._reversal import AbstractReversal
+from ._solver.base import SharedEvaluationsOf
 from ._step_record import Step
 from ._term import AbstractTerm
 
@@ -131,10 +132,11 @@ class SharedEvaluations:
         shared = cls(reversal, prepare, terms)
         made, undone = shared._listen(terms, step, y, args, solver_state)
         name = type(reversal.solver).__name__
-        plans: dict[str, _Plan] = {
-            attribute: list(map(ft.partial(_plan, name, attribute, of), made, undone))
-            for attribute, of in declared.items()
-        }
+        plans: dict[str, _Plan] = {}
+        for attribute, of in declared.items():
+            of_terms = _by_term(name, attribute, of, terms)
+            plan = ft.partial(_plan, name, attribute)
+            plans[attribute] = list(map(plan, of_terms, made, undone))
         none: _Plan = [[None] * len(of_term) for of_term in made]
         shared._plan = plans.get("shared_evaluations", none)
         shared._next_plan = plans.get("carried_evaluations", none)
@@ -276,6 +278,24 @@ class SharedEvaluations:
 
         eqx.filter_eval_shape(make_and_undo, terms, step, y, args, solver_state)
         return made, undone
+
+
+def _by_term(
+    name: str,
+    attribute: str,
+    declared: SharedEvaluationsOf,
+    terms: PyTree[AbstractTerm],
+) -> list[Any]:
+    """What is declared of each single term."""
+    leaves = ft.partial(jtu.tree_leaves, is_leaf=is_single_term)
+    if not any(isinstance(x, tuple) for x in declared):
+        return [declared] * len(leaves(terms))
+    if not isinstance(terms, tuple) or len(terms) != len(declared):
+        raise ValueError(
+            f"`{name}.{attribute}` is {declared}, which is for a tuple of "
+            f"{len(declared)} terms, but the terms are {eqx.tree_pformat(terms)}."
+        )
+    return [of for of, term in zip(declared, terms) for _ in leaves(term)]
 
 
 def _plan(

@@ -387,7 +387,7 @@ def _count(adjoint, solver, num_steps, t1, scale):
     def solve(args):
         terms = diffrax.ODETerm(lambda t, y, args: field(y, args))
         y0 = jnp.array([1.0, 2.0])
-        if isinstance(solver, diffrax.SemiImplicitEuler):
+        if isinstance(solver.term_structure, tuple):
             terms, y0 = (terms, terms), (y0, y0)
         sol = diffrax.diffeqsolve(
             terms,
@@ -460,6 +460,8 @@ def test_least_cost(solver, num_stages, checkpoints, certificate):
             diffrax.UReversible(diffrax.Tsit5()), 12, "cheap", marks=pytest.mark.slow
         ),
         (diffrax.SemiImplicitEuler(), 2, "cheap"),
+        (diffrax.PositionVerlet(), 3, "cheap"),
+        pytest.param(diffrax.ForestRuth(), 7, "cheap", marks=pytest.mark.slow),
         pytest.param(diffrax.LeapfrogMidpoint(), 1, "cheap", marks=pytest.mark.slow),
     ),
 )
@@ -667,6 +669,8 @@ def test_shared_by_mistake():
         ((0, 2), "`backward_step(...)` makes 2 evaluations"),
         ((0, 0.5), "must be a tuple of integers and `None`"),
         ([0, 1], "must be a tuple of integers and `None`"),
+        ((0, (1,)), "must be a tuple of integers and `None`"),
+        (((0,), (1,)), "is for a tuple of 2 terms"),
     ),
 )
 def test_shared_evaluations_are_checked(shared, match):

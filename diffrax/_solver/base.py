@@ -1,5 +1,5 @@
 import abc
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 from jaxtyping import PyTree
 
@@ -19,6 +19,12 @@ from ._upstream_base import (
     AbstractWrappedSolver as AbstractWrappedSolver,
     HalfSolver as HalfSolver,
     vector_tree_dot as vector_tree_dot,
+)
+
+
+# By evaluation of `step`; or by term, and then by evaluation.
+SharedEvaluationsOf: TypeAlias = (
+    tuple[int | None, ...] | tuple[tuple[int | None, ...], ...]
 )
 
 
@@ -62,8 +68,9 @@ class AbstractReversibleSolver(AbstractSolver[_SolverState]):
     when going back. It is a tuple with one entry for each evaluation in `step`, in
     order: the number, counted from 0, of the evaluation in `backward_step` that is at
     the same `t` and `y`, with the same control if there is one; or `None` if there is
-    no such evaluation. If there are several terms then this holds for each of them. The
-    default is `None`: nothing is shared.
+    no such evaluation. If there are several terms then this holds for each of them; or,
+    if `terms` is a tuple, it is a tuple of such tuples, one for each term. The default
+    is `None`: nothing is shared.
 
     The class attribute `carried_evaluations` says likewise, for each evaluation in
     `step`, which evaluation is at the same point in the `backward_step` of the step
@@ -72,8 +79,8 @@ class AbstractReversibleSolver(AbstractSolver[_SolverState]):
     """
 
     # Documented above.
-    shared_evaluations: ClassVar[tuple[int | None, ...] | None] = None
-    carried_evaluations: ClassVar[tuple[int | None, ...] | None] = None
+    shared_evaluations: ClassVar[SharedEvaluationsOf | None] = None
+    carried_evaluations: ClassVar[SharedEvaluationsOf | None] = None
 
     @abc.abstractmethod
     def backward_step(
