@@ -16,7 +16,7 @@ from ._solver import (
     ReversibleHeun,
     UReversible,
 )
-from ._solver.base import SharedEvaluationsOf
+from ._solver.base import SharedIndices
 from ._solver.fixed_point_reversible import UnrolledSolver
 from ._step_record import Step
 from ._term import AbstractTerm
@@ -46,7 +46,7 @@ class AbstractReversal(eqx.Module):
         return False
 
     @property
-    def shared_evaluations(self) -> dict[str, SharedEvaluationsOf]:
+    def shared_evaluations(self) -> dict[str, SharedIndices]:
         """Which evaluations of the vector field `step` and `step_back` share:
         `shared_evaluations` and `carried_evaluations`, as far as there are any, as
         [`diffrax.AbstractReversibleSolver`][] describes them."""
@@ -130,7 +130,7 @@ class AlgebraicReversal(AbstractReversal):
         found = {x: self._declared(x) for x in attributes}
         return {x: shared for x, shared in found.items() if shared is not None}
 
-    def _declared(self, attribute: str) -> SharedEvaluationsOf | None:
+    def _declared(self, attribute: str) -> SharedIndices | None:
         # Not if this is of another `step` or another `backward_step` than the class
         # was told of.
         defined = [

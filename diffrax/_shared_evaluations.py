@@ -28,7 +28,7 @@ from ._known_controls import is_single_term, TermWithControl
 from ._point_distance import distance
 from ._recorded_field import Call, Evaluation, Point, RecordedField
 from ._reversal import AbstractReversal
-from ._solver.base import SharedEvaluationsOf
+from ._solver.base import SharedIndices
 from ._step_record import Step
 from ._term import AbstractTerm
 
@@ -133,10 +133,11 @@ class SharedEvaluations:
         made, undone = shared._listen(terms, step, y, args, solver_state)
         name = type(reversal.solver).__name__
         plans: dict[str, _Plan] = {}
-        for attribute, of in declared.items():
-            of_terms = _by_term(name, attribute, of, terms)
-            plan = ft.partial(_plan, name, attribute)
-            plans[attribute] = list(map(plan, of_terms, made, undone))
+        for attribute, indices in declared.items():
+            says = f"`{name}.{attribute}` is {indices}"
+            of_terms = _by_term(says, indices, terms)
+            plan_of_term = ft.partial(_plan, name, says)
+            plans[attribute] = list(map(plan_of_term, of_terms, made, undone))
         none: _Plan = [[None] * len(of_term) for of_term in made]
         shared._plan = plans.get("shared_evaluations", none)
         shared._next_plan = plans.get("carried_evaluations", none)
@@ -281,10 +282,7 @@ class SharedEvaluations:
 
 
 def _by_term(
-    name: str,
-    attribute: str,
-    declared: SharedEvaluationsOf,
-    terms: PyTree[AbstractTerm],
+    says: str, declared: SharedIndices, terms: PyTree[AbstractTerm]
 ) -> list[Any]:
     """What is declared of each single term."""
     leaves = ft.partial(jtu.tree_leaves, is_leaf=is_single_term)
@@ -292,15 +290,15 @@ def _by_term(
         return [declared] * len(leaves(terms))
     if not isinstance(terms, tuple) or len(terms) != len(declared):
         raise ValueError(
-            f"`{name}.{attribute}` is {declared}, which is for a tuple of "
-            f"{len(declared)} terms, but the terms are {eqx.tree_pformat(terms)}."
+            f"{says}, which is for a tuple of {len(declared)} terms, but the terms are "
+            f"{eqx.tree_pformat(terms)}."
         )
     return [of for of, term in zip(declared, terms) for _ in leaves(term)]
 
 
 def _plan(
     name: str,
-    attribute: str,
+    says: str,
     declared: tuple[int | None, ...],
     made: list[_Heard],
     undone: list[_Heard],
@@ -308,7 +306,7 @@ def _plan(
     """Which evaluations of a term to share."""
     if len(made) == len(undone) == 0:
         return []
-    says = f"`{name}.{attribute}` is {declared}, but "
+    says = f"{says}, but "
     elsewhere = (
         "of a term (without those inside of `jax.lax.cond`, `jax.jit` and the like, "
         "which cannot be shared)."

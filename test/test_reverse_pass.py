@@ -632,6 +632,15 @@ def test_cost_of_what_is_carried(carried):
     assert transposed == n + 1
 
 
+def test_cost_of_what_is_carried_of_one_term():
+    # To start carrying, a step is undone and made, of which one evaluation is recorded.
+    # And there is the solver state at the start of the solve, of the second term alone.
+    n = 20
+    adjoint = diffrax.ReversibleAdjoint(checkpoints=0, certificate="cheap")
+    counts = list(_count(adjoint, diffrax.VelocityVerlet(), n, 1e-3, 1.0))
+    assert counts == [2 * n + 3, 2 * n + 1 + 1, 2 * n + 1]
+
+
 def _gradient_of_shared(solver, adjoint):
     def loss(args):
         sol = diffrax.diffeqsolve(

@@ -22,10 +22,8 @@ from ._upstream_base import (
 )
 
 
-# By evaluation of `step`; or by term, and then by evaluation.
-SharedEvaluationsOf: TypeAlias = (
-    tuple[int | None, ...] | tuple[tuple[int | None, ...], ...]
-)
+# Of all terms, or of each one of a tuple.
+SharedIndices: TypeAlias = tuple[int | None, ...] | tuple[tuple[int | None, ...], ...]
 
 
 class AbstractReversibleSolver(AbstractSolver[_SolverState]):
@@ -79,8 +77,8 @@ class AbstractReversibleSolver(AbstractSolver[_SolverState]):
     """
 
     # Documented above.
-    shared_evaluations: ClassVar[SharedEvaluationsOf | None] = None
-    carried_evaluations: ClassVar[SharedEvaluationsOf | None] = None
+    shared_evaluations: ClassVar[SharedIndices | None] = None
+    carried_evaluations: ClassVar[SharedIndices | None] = None
 
     @abc.abstractmethod
     def backward_step(

@@ -71,8 +71,9 @@ class VelocityVerlet(AbstractReversibleSolver):
         LocalLinearInterpolation
     )
     # By term. `step` evaluates the second one at its end, and `backward_step` at its
-    # start.
+    # start, which is the end of the step before.
     shared_evaluations = ((0,), (None,))
+    carried_evaluations = ((None,), (0,))
 
     def order(self, terms: PyTree[AbstractTerm]) -> int:
         del terms
