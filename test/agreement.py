@@ -42,6 +42,7 @@ ts = jnp.array([t0, t0, 0.7, 0.71, 0.75, 0.75, 2.0, 2.449, t1])
 SOLVERS: dict[str, diffrax.AbstractSolver] = {
     "SemiImplicitEuler": diffrax.SemiImplicitEuler(),
     "LeapfrogMidpoint": diffrax.LeapfrogMidpoint(),
+    "AsynchronousLeapfrog": diffrax.AsynchronousLeapfrog(),
     "ReversibleHeun": diffrax.ReversibleHeun(),
     "HalfSolver(ReversibleHeun)": diffrax.HalfSolver(diffrax.ReversibleHeun()),
     **{

@@ -29,6 +29,7 @@ _with_every_solver = "save t0+ts+t1, max_steps reached"
 _quick_to_compile = (
     "SemiImplicitEuler",
     "LeapfrogMidpoint",
+    "AsynchronousLeapfrog",
     "ReversibleHeun",
     "Heun",
     "UReversible(Euler)",

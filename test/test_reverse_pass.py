@@ -461,6 +461,9 @@ def test_least_cost(solver, num_stages, checkpoints, certificate):
         ),
         (diffrax.SemiImplicitEuler(), 2, "cheap"),
         pytest.param(diffrax.LeapfrogMidpoint(), 1, "cheap", marks=pytest.mark.slow),
+        pytest.param(
+            diffrax.AsynchronousLeapfrog(), 1, "cheap", marks=pytest.mark.slow
+        ),
     ),
 )
 def test_least_cost_in_closed_form(solver, num_evaluations, certificate):

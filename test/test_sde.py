@@ -28,6 +28,7 @@ _general = (
     (diffrax.SPaRK(), _H),
     (diffrax.GeneralShARK(), _H),
     (diffrax.ReversibleHeun(), _W),
+    (diffrax.AsynchronousLeapfrog(), _W),
     (diffrax.UReversible(diffrax.Heun()), _W),
     (diffrax.HalfSolver(diffrax.EulerHeun()), _W),
 )

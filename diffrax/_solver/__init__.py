@@ -1,4 +1,5 @@
 from ._upstream_init import *  # noqa: F403
+from .asynchronous_leapfrog import AsynchronousLeapfrog as AsynchronousLeapfrog
 from .base import AbstractReversibleSolver as AbstractReversibleSolver
 from .fixed_point_reversible import FixedPointReversible as FixedPointReversible
 from .reversible import UReversible as UReversible
