@@ -22,6 +22,8 @@ from ._reversal_report import (
 from ._solver import (
     AbstractReversibleSolver as AbstractReversibleSolver,
     AsynchronousLeapfrog as AsynchronousLeapfrog,
+    EES25 as EES25,
+    EES27 as EES27,
     FixedPointReversible as FixedPointReversible,
     UReversible as UReversible,
 )

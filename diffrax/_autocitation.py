@@ -1,5 +1,11 @@
 from ._adjoint import ReversibleAdjoint
-from ._solver import AsynchronousLeapfrog, FixedPointReversible, UReversible
+from ._solver import (
+    AsynchronousLeapfrog,
+    EES25,
+    EES27,
+    FixedPointReversible,
+    UReversible,
+)
 from ._upstream_autocitation import *  # noqa: F403
 from ._upstream_autocitation import (
     _parse_reference as _parse_reference,
@@ -12,7 +18,7 @@ from ._upstream_autocitation import (
 # The rules themselves are only to be found in the list.
 [_cite_solver] = [rule for rule in citation_rules if rule.__name__ == "_solvers"]
 
-_added = (AsynchronousLeapfrog,)
+_added = AsynchronousLeapfrog, EES25, EES27
 
 
 @citation_rules.append

@@ -66,6 +66,8 @@ SOLVERS: dict[str, diffrax.AbstractSolver] = {
             diffrax.Tsit5(),
             diffrax.Dopri5(),
             diffrax.Dopri8(),
+            diffrax.EES25(),
+            diffrax.EES27(),
         )
     },
     "HalfSolver(Bosh3)": diffrax.HalfSolver(diffrax.Bosh3()),

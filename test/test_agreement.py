@@ -19,6 +19,8 @@ from .agreement import CASES, compare, pairs, SOLVERS
 _like_others = {
     "Dopri5",
     "Dopri8",
+    "EES25",
+    "EES27",
     "UReversible(Midpoint)",
     "UReversible(Ralston)",
     "UReversible(Bosh3)",

@@ -39,7 +39,7 @@ def exact():
 
 
 #
-# Asynchronous leapfrog
+# Accuracy
 #
 
 
@@ -48,6 +48,8 @@ def exact():
     (
         diffrax.AsynchronousLeapfrog(),
         diffrax.AsynchronousLeapfrog(0.9),
+        diffrax.EES25(),
+        diffrax.EES27(),
     ),
     ids=repr,
 )
@@ -62,17 +64,41 @@ def test_order(solver, exact):
     assert abs(_slope(errors, nums) - solver.order(_term)) < 0.1
 
 
-def test_interpolation(exact):
-    """The interpolation of third order adds to the error of the steps at their ends one
-    that is of third order, where a linear one would add one of second order."""
-    nums = (20, 40, 80)
-    added = []
-    for num in nums:
-        ts = jnp.linspace(0.0, 2.0, 2 * num + 1)
-        sol = _solve(diffrax.AsynchronousLeapfrog(), num, saveat=diffrax.SaveAt(ts=ts))
-        error = sol.ys - exact(ts)
-        added.append(jnp.max(jnp.abs(error[1::2] - (error[:-1:2] + error[2::2]) / 2)))
-    assert _slope(added, nums) > 2.8
+@pytest.mark.parametrize(
+    "solver, order",
+    (
+        (diffrax.AsynchronousLeapfrog(), 3),
+        (diffrax.EES25(), 3),
+        (diffrax.EES27(), 3),
+    ),
+    ids=repr,
+)
+def test_interpolation(solver, order, exact):
+    """By how much the error within a step is larger than at its ends. (That of a linear
+    interpolation is of second order.)"""
+
+    @jax.jit
+    @jax.vmap
+    def second_step(h):
+        # The first one starts from a solver state that is exact.
+        y0, state = _y0, solver.init(_term, 0.0, h, _y0, None)
+        y1, _, _, state, _ = solver.step(_term, 0.0, h, y0, None, state, False)
+        _, _, dense_info, _, _ = solver.step(_term, h, 2 * h, y1, None, state, False)
+        out = solver.interpolation_cls(t0=h, t1=2 * h, **dense_info)
+        ts = h * jnp.array([1.0, 1.25, 1.75, 2.0])
+        return ts, jax.vmap(out.evaluate)(ts)
+
+    nums = np.array([10.0, 20.0, 40.0])
+    ts, ys = second_step(1 / jnp.asarray(nums))
+    start, *inside, end = np.moveaxis(ys - jax.vmap(exact)(ts), 1, 0)
+    linear = [0.75 * start + 0.25 * end, 0.25 * start + 0.75 * end]
+    added = np.array(inside) - np.array(linear)
+    assert abs(_slope(np.max(np.abs(added), axis=(0, 2)), nums) - order) < 0.3
+
+
+#
+# Asynchronous leapfrog
+#
 
 
 @pytest.mark.parametrize("eta", (1.0, 0.9, 0.75, 0.3))
@@ -145,9 +171,114 @@ def test_leapfrog_adaptive_steps(exact):
         sol = _solve(solver, 2.0, stepsize_controller=controller)
         assert jnp.max(jnp.abs(sol.ys - true_ys)) < 20 * tol
     state = solver.init(_term, 0.0, 1.0, _y0, None)
-    nums = (10, 20, 40)
-    errors = [
-        jnp.max(jnp.abs(solver.step(_term, 0.0, 1 / n, _y0, None, state, False)[1]))
-        for n in nums
-    ]
+    nums = (10.0, 20.0, 40.0)
+    error = lambda h: solver.step(_term, 0.0, h, _y0, None, state, False)[1]
+    errors = jnp.max(jnp.abs(jax.vmap(error)(1 / jnp.array(nums))), axis=1)
     assert abs(_slope(errors, nums) - solver.error_order(_term)) < 0.1
+
+
+#
+# Explicit and effectively symmetric methods
+#
+
+
+_ees = pytest.mark.parametrize(
+    "solver, antisymmetric_order, limit",
+    # The last one is that of the real interval of stability.
+    (
+        (diffrax.EES25(), 5, -3.087),
+        (diffrax.EES25(0.3), 5, -3.087),
+        (diffrax.EES27(), 7, -3.915),
+    ),
+    ids=repr,
+)
+
+
+def _stability_function(tableau: diffrax.ButcherTableau) -> np.ndarray:
+    """The coefficients of the polynomial by which a step multiplies, for `y' = a y`."""
+    num = tableau.num_stages
+    a = np.zeros((num, num))
+    for i, a_i in enumerate(tableau.a_lower):
+        a[i + 1, : i + 1] = a_i
+    powers = [np.ones(num)]
+    for _ in range(num - 1):
+        powers.append(a @ powers[-1])
+    return np.array([1.0, *(tableau.b_sol @ x for x in powers)])
+
+
+@_ees
+def test_ees_linear(solver, antisymmetric_order, limit):
+    """Butcher's conditions of second order, the linear ones of the antisymmetric order,
+    and the limits of stability."""
+    r = _stability_function(solver.tableau)
+    np.testing.assert_allclose(r[:3], [1, 1, 1 / 2], atol=1e-15)
+    round_trip = np.polynomial.polynomial.polymul(r, r * (-1.0) ** np.arange(len(r)))
+    exactly = np.zeros(len(round_trip))
+    top = -1 / 64 if antisymmetric_order == 5 else (3 - 2 * 2**0.5) ** 2 / 64
+    exactly[0], exactly[antisymmetric_order + 1] = 1, top
+    np.testing.assert_allclose(round_trip, exactly, atol=2e-15)
+    growth = lambda z: np.abs(np.polynomial.polynomial.polyval(z, r))
+    assert np.all(growth(np.linspace(limit, 0, 1000)) <= 1)
+    assert growth(limit - 1e-3) > 1
+    percent = 0.78 if antisymmetric_order == 5 else 0.023
+    assert abs(100 * (growth(1j) - 1) / percent - 1) < 0.01
+
+
+@_ees
+def test_ees_antisymmetric_order(solver, antisymmetric_order, limit):
+    """On a problem that is neither linear nor autonomous: what a wrong digit in any
+    coefficient would break."""
+    del limit
+
+    @jax.jit
+    @jax.vmap
+    def miss(h):
+        t0 = 0.3
+        y1, *_ = solver.step(_term, t0, t0 + h, _y0, None, None, False)
+        y0, *_ = solver.step(_term, t0 + h, t0, y1, None, None, False)
+        return jnp.max(jnp.abs(y0 - _y0))
+
+    nums = np.array([4.0, 6.0, 9.0])
+    slope = _slope(miss(1 / jnp.asarray(nums)), nums)
+    assert abs(slope - (antisymmetric_order + 1)) < 0.3
+
+
+@pytest.mark.parametrize("x", (-0.5, 0.5, 1.0, float("nan"), float("inf")))
+def test_ees_parameter_is_validated(x):
+    with pytest.raises(ValueError, match=r"Cannot use `EES25\(x="):
+        diffrax.EES25(x)
+
+
+def test_ees_parameter_must_be_known():
+    with pytest.raises(ValueError, match="must be a Python number"):
+        jax.jit(diffrax.EES25)(0.2)
+
+
+@pytest.mark.slow
+def test_ees_as_its_authors_use_it():
+    """Without corrections, the gradient is off by about `h^6` for each step: the
+    certificate tells, by default the steps are made again, and without stored states
+    there is no gradient unless that is asked for."""
+    solver = diffrax.FixedPointReversible(diffrax.EES25(), max_corrections=0)
+    term = diffrax.ODETerm(lambda t, y, a: jnp.stack([y[1], -a * jnp.sin(y[0])]))
+
+    def loss(adjoint, a):
+        return jnp.sum(_solve(solver, 20, term, args=a, adjoint=adjoint).ys)
+
+    def gradient(adjoint):
+        fn = eqx.filter_jit(eqx.filter_grad(lambda a: loss(adjoint, a)))
+        return fn(jnp.array(1.3))
+
+    expected = gradient(diffrax.RecursiveCheckpointAdjoint())
+    error = lambda grad: float(jnp.abs(grad / expected - 1))
+    assert error(gradient(diffrax.ReversibleAdjoint())) < 1e-12
+    report = diffrax.reversal_report(
+        loss, jnp.array(1.3), adjoint=diffrax.ReversibleAdjoint(checkpoints=0)
+    )
+    assert report.certificate > report.tolerance
+    (authors,) = report.grads
+    assert 1e-10 < error(authors) < 1e-6
+    with pytest.raises(eqx.EquinoxRuntimeError, match="did not lead to where"):
+        gradient(diffrax.ReversibleAdjoint(checkpoints=0))
+    ignoring = diffrax.ReversibleAdjoint(checkpoints=0, on_failure="ignore")
+    np.testing.assert_allclose(gradient(ignoring), authors, rtol=1e-13)

@@ -21,6 +21,8 @@ _general = (
     (diffrax.Heun(), _W),
     (diffrax.Midpoint(), _W),
     (diffrax.Ralston(), _W),
+    (diffrax.EES25(), _W),
+    (diffrax.EES27(), _W),
     (diffrax.EulerHeun(), _W),
     (diffrax.ItoMilstein(), _W),
     (diffrax.StratonovichMilstein(), _W),
