@@ -21,13 +21,15 @@ from ._upstream_autocitation import (
 _added = AsynchronousLeapfrog, EES25, EES27
 
 
-@citation_rules.append
 def _added_solver(solver):
     if type(solver) in _added:
         name = type(solver).__name__
         return f"""
 % You are using the {name} solver, which was introduced in:
 """ + _parse_reference(type(solver))
+
+
+citation_rules.append(_added_solver)
 
 
 def _cite_wrapped(solver, saveat):

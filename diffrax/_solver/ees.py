@@ -117,7 +117,7 @@ class EES25(AbstractERK, AbstractStratonovichSolver):
         ```
     """
 
-    x: RealScalarLike
+    x: RealScalarLike = 0.1
 
     tableau: ClassVar[ButcherTableau] = _TableauOfInstance()  # pyright: ignore
     interpolation_cls: ClassVar[
