@@ -47,6 +47,7 @@ Least = tuple[int, int, int]
 SOLVERS: dict[str, tuple[Callable[[], diffrax.AbstractSolver], Least]] = {
     "SemiImplicitEuler": (diffrax.SemiImplicitEuler, (2, 2, 2)),
     "LeapfrogMidpoint": (diffrax.LeapfrogMidpoint, (1, 1, 1)),
+    "AsynchronousLeapfrog": (diffrax.AsynchronousLeapfrog, (1, 1, 1)),
     "ReversibleHeun": (diffrax.ReversibleHeun, (1, 1, 1)),
     "Euler": (diffrax.Euler, (1, 2, 1)),
     "Heun": (diffrax.Heun, _numerical(diffrax.Heun())),

@@ -22,9 +22,12 @@ from ._reversal_report import (
 from ._solver import (
     AbstractReversibleSolver as AbstractReversibleSolver,
     AbstractSplitting as AbstractSplitting,
+    AsynchronousLeapfrog as AsynchronousLeapfrog,
     BlanesMoan4 as BlanesMoan4,
     BlanesMoan6 as BlanesMoan6,
     BlanesMoanRKN6 as BlanesMoanRKN6,
+    EES25 as EES25,
+    EES27 as EES27,
     FixedPointReversible as FixedPointReversible,
     ForestRuth as ForestRuth,
     KahanLi6 as KahanLi6,

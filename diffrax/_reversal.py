@@ -13,6 +13,7 @@ from ._custom_types import Args, BoolScalarLike, DenseInfo, RealScalarLike, VF, 
 from ._solver import (
     AbstractReversibleSolver,
     AbstractSolver,
+    AsynchronousLeapfrog,
     ReversibleHeun,
     UReversible,
 )
@@ -122,7 +123,8 @@ class AlgebraicReversal(AbstractReversal):
     @property
     def knows_controls(self):
         # Of others it is not known what they ask of their terms.
-        return type(self.solver) in (ReversibleHeun, UReversible)
+        known = AsynchronousLeapfrog, ReversibleHeun, UReversible
+        return type(self.solver) in known
 
     @property
     def shared_evaluations(self):

@@ -52,6 +52,7 @@ SOLVERS: dict[str, diffrax.AbstractSolver] = {
     },
     "HalfSolver(VelocityVerlet)": diffrax.HalfSolver(diffrax.VelocityVerlet()),
     "LeapfrogMidpoint": diffrax.LeapfrogMidpoint(),
+    "AsynchronousLeapfrog": diffrax.AsynchronousLeapfrog(),
     "ReversibleHeun": diffrax.ReversibleHeun(),
     "HalfSolver(ReversibleHeun)": diffrax.HalfSolver(diffrax.ReversibleHeun()),
     **{
@@ -75,6 +76,8 @@ SOLVERS: dict[str, diffrax.AbstractSolver] = {
             diffrax.Tsit5(),
             diffrax.Dopri5(),
             diffrax.Dopri8(),
+            diffrax.EES25(),
+            diffrax.EES27(),
         )
     },
     "HalfSolver(Bosh3)": diffrax.HalfSolver(diffrax.Bosh3()),

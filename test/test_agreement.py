@@ -22,6 +22,8 @@ _like_others = {
     "HalfSolver(VelocityVerlet)",
     "Dopri5",
     "Dopri8",
+    "EES25",
+    "EES27",
     "UReversible(Midpoint)",
     "UReversible(Ralston)",
     "UReversible(Bosh3)",
@@ -32,6 +34,7 @@ _with_every_solver = "save t0+ts+t1, max_steps reached"
 _quick_to_compile = (
     "SemiImplicitEuler",
     "LeapfrogMidpoint",
+    "AsynchronousLeapfrog",
     "ReversibleHeun",
     "Heun",
     "UReversible(Euler)",

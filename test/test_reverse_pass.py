@@ -463,6 +463,9 @@ def test_least_cost(solver, num_stages, checkpoints, certificate):
         (diffrax.PositionVerlet(), 3, "cheap"),
         pytest.param(diffrax.ForestRuth(), 7, "cheap", marks=pytest.mark.slow),
         pytest.param(diffrax.LeapfrogMidpoint(), 1, "cheap", marks=pytest.mark.slow),
+        pytest.param(
+            diffrax.AsynchronousLeapfrog(), 1, "cheap", marks=pytest.mark.slow
+        ),
     ),
 )
 def test_least_cost_in_closed_form(solver, num_evaluations, certificate):

@@ -1,4 +1,5 @@
 from ._upstream_init import *  # noqa: F403
+from .asynchronous_leapfrog import AsynchronousLeapfrog as AsynchronousLeapfrog
 from .base import AbstractReversibleSolver as AbstractReversibleSolver
 from .compositions import (
     BlanesMoan4 as BlanesMoan4,
@@ -12,6 +13,7 @@ from .compositions import (
     Ruth3 as Ruth3,
     Suzuki4 as Suzuki4,
 )
+from .ees import EES25 as EES25, EES27 as EES27
 from .fixed_point_reversible import FixedPointReversible as FixedPointReversible
 from .reversible import UReversible as UReversible
 from .splitting import AbstractSplitting as AbstractSplitting
