@@ -302,7 +302,12 @@ def _counts(row: dict[str, Any]) -> str:
 
 
 def _interval(x: float | None) -> str:
-    return "" if x is None else f"{x:.3g}"
+    if x is None:
+        return ""
+    if x < 1e-4:
+        return "0"
+    # As far as was looked.
+    return "all" if x >= 20 else f"{x:.3g}"
 
 
 def _solvers() -> str:
