@@ -195,9 +195,10 @@ def stable_up_to(
     """The largest `r` such that the solver is stable at `s * direction`, for all `s` up
     to `r`: for no eigenvalue to be larger than `1 + tol`."""
     lower, upper = 0.0, most
-    for _ in range(4):
-        # In no round numbers, at which some matrices are singular.
-        s = np.linspace(lower, upper, 400)[1:]
+    # In no round numbers, at which some matrices are singular. There may be a narrow
+    # gap, so finely at first.
+    for num_points in (40_000, 400, 400):
+        s = np.linspace(lower, upper, num_points)[1:]
         radius = spectral_radius(maps(entry, s * direction).forward)
         unstable = np.flatnonzero(radius > 1 + tol)
         if len(unstable) == 0:

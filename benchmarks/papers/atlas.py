@@ -54,15 +54,30 @@ def _implicit(solver: Any) -> diffrax.AbstractSolver:
 SOLVERS = {
     "ReversibleHeun": Entry(diffrax.ReversibleHeun),
     "LeapfrogMidpoint": Entry(diffrax.LeapfrogMidpoint),
-    "SemiImplicitEuler": Entry(diffrax.SemiImplicitEuler, of_pairs=True),
+    "AsynchronousLeapfrog": Entry(diffrax.AsynchronousLeapfrog),
+    "AsynchronousLeapfrog(0.9)": Entry(ft.partial(diffrax.AsynchronousLeapfrog, 0.9)),
     "UReversible(Heun)": Entry(ft.partial(_coupled, diffrax.Heun)),
     "UReversible(Tsit5)": Entry(ft.partial(_coupled, diffrax.Tsit5)),
     "UReversible(Tsit5, 0.9)": Entry(ft.partial(_coupled, diffrax.Tsit5, 0.9)),
+    "SemiImplicitEuler": Entry(diffrax.SemiImplicitEuler, of_pairs=True),
+    "PositionVerlet": Entry(diffrax.PositionVerlet, of_pairs=True),
+    "VelocityVerlet": Entry(diffrax.VelocityVerlet, of_pairs=True),
+    "Ruth3": Entry(diffrax.Ruth3, of_pairs=True),
+    "ForestRuth": Entry(diffrax.ForestRuth, of_pairs=True),
+    "Suzuki4": Entry(diffrax.Suzuki4, of_pairs=True),
+    "PEFRL": Entry(diffrax.PEFRL, of_pairs=True),
+    "BlanesMoan4": Entry(diffrax.BlanesMoan4, of_pairs=True),
+    "BlanesMoan6": Entry(diffrax.BlanesMoan6, of_pairs=True),
+    "BlanesMoanRKN6": Entry(diffrax.BlanesMoanRKN6, of_pairs=True),
+    "KahanLi6": Entry(diffrax.KahanLi6, of_pairs=True),
+    "KahanLi8": Entry(diffrax.KahanLi8, of_pairs=True),
     "Euler": Entry(diffrax.Euler),
     "Heun": Entry(diffrax.Heun),
     "Bosh3": Entry(diffrax.Bosh3),
     "Tsit5": Entry(diffrax.Tsit5),
     "Dopri8": Entry(diffrax.Dopri8),
+    "EES25": Entry(diffrax.EES25),
+    "EES27": Entry(diffrax.EES27),
     "ImplicitEuler": Entry(ft.partial(_implicit, diffrax.ImplicitEuler)),
 }
 LEFT, RIGHT, HEIGHT = -5.0, 2.0, 4.5
@@ -89,6 +104,14 @@ def _measure_one(name: str, num_points: int) -> Row:
     at_points = maps(entry, np.array([-0.1, 0.1j, 0.1]))
     step_decay, *_ = spectral_radius(at_points.forward)
     decay, turn, growth = spectral_radius(at_points.backward)
+    # The equation for pairs has an eigenvalue of the opposite sign, too.
+    away = {}
+    if not entry.of_pairs:
+        away = dict(
+            step_decay=float(step_decay),
+            back_decay=float(decay),
+            back_growth=float(growth),
+        )
     rate = convergence(on_grid)
     converges = {}
     if rate is not None:
@@ -103,10 +126,8 @@ def _measure_one(name: str, num_points: int) -> Row:
         stable_real=stable_up_to(entry, -1.0),
         stable_imaginary=stable_up_to(entry, 1j),
         nearly_stable_imaginary=stable_up_to(entry, 1j, 1e-3),
-        step_decay=float(step_decay),
-        back_decay=float(decay),
         back_turn=float(turn),
-        back_growth=float(growth),
+        **away,
         **converges,
         forward=_rounded(spectral_radius(on_grid.forward)),
         # If there is but one eigenvalue, it is one over the other.
