@@ -56,16 +56,18 @@ def make_parser(paper: Paper) -> argparse.ArgumentParser:
         description=paper.description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--part", choices=paper.parts, nargs="+", default=[*paper.parts])
+    parser.add_argument(
+        "--part", choices=paper.parts, nargs="+", default=[*paper.parts]
+    )
     parser.add_argument("--measured", action="store_true", help="for the documentation")
     parser.add_argument("--figures", action="store_true", help="measure nothing")
     size = parser.add_mutually_exclusive_group()
-    for name, text in (
-        ("smoke", "as little as will run"),
-        ("full", "at the length that was published"),
+    for option, text in (
+        ("--smoke", "as little as will run"),
+        ("--full", "at the length that was published"),
     ):
         size.add_argument(
-            f"--{name}", dest="size", action="store_const", const=name, help=text
+            option, dest="size", action="store_const", const=option[2:], help=text
         )
     parser.set_defaults(size="reduced")
     return parser
@@ -88,8 +90,13 @@ def _print_row(row: Row) -> None:
     print(*cells, sep="  ", flush=True)
 
 
+def _key(row: Row) -> tuple[Any, Any]:
+    return row["part"], row.get("experiment")
+
+
 def _measure(paper: Paper, args: argparse.Namespace, path: pathlib.Path) -> None:
-    """The rows of each part replace those that there were, once they are all there."""
+    """The rows of each part replace those that there were of the same experiments, once
+    they are all there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for part in args.part:
         rows = []
@@ -98,7 +105,8 @@ def _measure(paper: Paper, args: argparse.Namespace, path: pathlib.Path) -> None
             row = {name: _finite(x) for name, x in row.items()}
             _print_row(row)
             rows.append(row | provenance(*paper.packages))
-        rows = [row for row in read(path) if row["part"] != part] + rows
+        replaced = {_key(row) for row in rows}
+        rows = [row for row in read(path) if _key(row) not in replaced] + rows
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         jax.clear_caches()
 

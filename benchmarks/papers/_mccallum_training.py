@@ -25,6 +25,7 @@ BASES: dict[str, Callable[[], Any]] = {
     "RK4": RK4,
     "Bosh3": diffrax.Bosh3,
 }
+BY_CONSTANT_STEPS = "Euler", "Midpoint", "Ralston3", "RK4"
 COUPLED, NUMERICAL, STORED = "UReversible", "numerical", "checkpoints"
 NOTHING_STORED = ", nothing stored"
 

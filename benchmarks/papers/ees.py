@@ -1,15 +1,16 @@
-"""Explicit and effectively symmetric Runge--Kutta methods, after Shmelev, Ebrahimi-Fard,
-Tapia and Salvi 2025 (arXiv 2507.21006), and Shmelev and Salvi 2025 (arXiv 2509.20599).
+"""Explicit and effectively symmetric Runge--Kutta methods, after Shmelev,
+Ebrahimi-Fard, Tapia and Salvi 2025 (arXiv 2507.21006), and Shmelev and Salvi 2025
+(arXiv 2509.20599).
 
     python benchmarks/papers/ees.py [--smoke | --measured]
     python benchmarks/papers/ees.py --figures   # draws what was measured before
 
 In parts:
 
-- `order`: by how much a step misses the solution, and by how much a step of size `h` and
-  one of size `-h` miss the start, against `h`, on the equations of Lotka and Volterra.
-  The slopes are one more than the order and than the antisymmetric order, which are to
-  be 2 and 5 for `EES25`, and 2 and 7 for `EES27`.
+- `order`: by how much a step misses the solution, and by how much a step of size `h`
+  and one of size `-h` miss the start, against `h`, on the equations of Lotka and
+  Volterra. The slopes are one more than the order and than the antisymmetric order,
+  which are to be 2 and 5 for `EES25`, and 2 and 7 for `EES27`.
 - `back`: going back over 10 units of time. Without corrections, as the authors do: the
   error of the gradient. With them, which makes it exact: how many there are per step.
 - `memory`: scratch memory of the compiled gradient of a neural SDE on the torus of
@@ -59,9 +60,7 @@ SOLVERS: dict[str, Callable[[], Any]] = {
 def _lotka_volterra(t, y, args):
     del t
     prey, predators = y
-    return jnp.stack(
-        [prey * (args[0] - predators), predators * (args[1] * prey - 0.7)]
-    )
+    return jnp.stack([prey * (args[0] - predators), predators * (args[1] * prey - 0.7)])
 
 
 TERMS = diffrax.ODETerm(_lotka_volterra)
@@ -183,9 +182,7 @@ MEMORY: list[tuple[str, Any, Any]] = [
 
 def _torus_bytes(solver: Any, adjoint: Any, num_steps: int, batch: int) -> int:
     shape = batch, 7
-    networks = [
-        eqx.nn.MLP(14, 7, 128, 2, jax.nn.silu, key=jr.key(i)) for i in (0, 1)
-    ]
+    networks = [eqx.nn.MLP(14, 7, 128, 2, jax.nn.silu, key=jr.key(i)) for i in (0, 1)]
 
     def loss(networks, angles):
         drift, diffusion = (

@@ -5,22 +5,22 @@
     python benchmarks/papers/kidger.py --figures   # draws what was measured before
 
 They compare gradients of a neural SDE: those that are found by solving an adjoint
-equation backward in time, with backpropagation through the same solve. With the midpoint
-method and Heun's, the error of that shrinks only as the steps do; with reversible Heun,
-it is at the level of rounding for every step size.
+equation backward in time, with backpropagation through the same solve. With the
+midpoint method and Heun's, the error of that shrinks only as the steps do; with
+reversible Heun, it is at the level of rounding for every step size.
 
 The problem is of their kind: a Stratonovich SDE with general noise, the drift and the
 diffusion of which are networks of one hidden layer of width 8 with LipSwish as
 activation; a batch of 32, of dimension 32, with Brownian motions of dimension 16; until
-`t = 1`, in steps of 1 to 1/1024. (Weights, initial values and paths are ours.) The error is
-theirs: the sum of absolute differences over the sum of absolute values, of all entries of
-the gradient.
+`t = 1`, in steps of 1 to 1/1024. (Sizes, weights, initial values and paths are ours.)
+The error is the sum of absolute differences over the sum of absolute values, of all
+entries of the gradient.
 
 Next to it stands the same for `ReversibleAdjoint`, by which every solver is undone.
 Nothing is stored (`checkpoints=0`), and nothing certified, so that what is seen is the
 error of going back alone.
 
-In float64. Takes about two minutes on 2 CPU cores, most of it compiling; the numbers
+In float64. Takes about three minutes on 2 CPU cores, most of it compiling; the numbers
 are the same on any machine, up to rounding.
 """
 
@@ -166,9 +166,7 @@ def draw(rows: list[Row]) -> Figure:
     return fig
 
 
-PAPER = Paper(
-    "kidger", __doc__ or "", dict(error=measure), dict(error=("error", draw))
-)
+PAPER = Paper("kidger", __doc__ or "", dict(error=measure), dict(error=("error", draw)))
 
 if __name__ == "__main__":
     run(PAPER, make_parser(PAPER).parse_args())

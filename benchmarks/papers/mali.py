@@ -1,5 +1,5 @@
-"""The toy problem of MALI, the asynchronous leapfrog method with its steps undone, after
-Zhuang, Dvornek, Tatikonda and Duncan 2021 (arXiv 2102.04668).
+"""The toy problem of MALI, the asynchronous leapfrog method with its steps undone,
+after Zhuang, Dvornek, Tatikonda and Duncan 2021 (arXiv 2102.04668).
 
     python benchmarks/papers/mali.py [--smoke | --measured]
     python benchmarks/papers/mali.py --figures   # draws what was measured before
@@ -7,12 +7,13 @@ Zhuang, Dvornek, Tatikonda and Duncan 2021 (arXiv 2102.04668).
 `y' = a y`, with `L = y(T)^2` to be differentiated with respect to `y(0)` and `a`. The
 true gradients are known: `2 y(0) exp(2 a T)` and `2 T y(0)^2 exp(2 a T)`. In parts:
 
-- `error`: the relative error of the worse one against the length of the solve, in adaptive steps
-  at `rtol=1e-5, atol=1e-6`. Compared are those of the paper: the adjoint equation,
-  solved backward in time ("adjoint"); backpropagation ("naive"); both with `Dopri5`;
-  and MALI, as it is and damped (`eta=0.9`). And `Dopri5` with its steps undone by `ReversibleAdjoint`. Each row also has
-  the error against the exact gradient of the same discrete solve: that is what going
-  back is responsible for, and the rest is that of the solve.
+- `error`: the relative error of the worse one against the length of the solve, in
+  adaptive steps at `rtol=1e-5, atol=1e-6`. Compared are those of the paper: the adjoint
+  equation, solved backward in time ("adjoint"); backpropagation ("naive"); both with
+  `Dopri5`; and MALI, as it is and damped (`eta=0.9`). And `Dopri5` with its steps
+  undone by `ReversibleAdjoint`. Each row also has the error against the exact gradient
+  of the same discrete solve: that is what going back is responsible for, and the rest
+  is that of the solve.
 - `memory`: scratch memory of the compiled gradient against the number of steps, for a
   state of 1000 numbers, in constant steps.
 
@@ -23,7 +24,8 @@ and those of all others do not, but for the error of the solve. And that the
 asynchronous leapfrog method, which is stable for no `a < 0` unless it is damped, takes
 very many steps there: a solve that takes more than 4096 has failed, and no error.
 
-In float64, exact up to rounding on any machine. Takes about two minutes on 2 CPU cores.
+In float64, exact up to rounding on any machine. Takes about three minutes on 2 CPU
+cores.
 """
 
 import argparse
@@ -181,7 +183,9 @@ def draw_error(rows: list[Row]) -> Figure:
                     continue
                 lengths = [row["length"] for row in of]
                 errors = [max(row[which], 1e-17) for row in of]
-                ax.semilogy(lengths, errors, "-", color=color, marker=marker, label=label)
+                ax.semilogy(
+                    lengths, errors, "-", color=color, marker=marker, label=label
+                )
             ax.grid(alpha=0.3)
             ax.set_title(f"$a = {a}$, relative to {text}", fontsize=10)
     axes[1, 0].set_xlabel("length of the solve")

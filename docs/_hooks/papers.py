@@ -1,5 +1,6 @@
 """As `tables.py`, for the pages of the papers that are reproduced: puts a table in the
-place of `<!-- paper: NAME -->`. What was published is in `docs/measured/published.json`.
+place of `<!-- paper: NAME -->`. What was published is in `docs/measured/` as well, in
+`published.json`.
 """
 
 import json
@@ -67,7 +68,7 @@ def _time() -> str:
     """Ratios of what checkpoints take to what each of ours takes."""
     parts = []
     rows = _part("mccallum-foster", "time")
-    for experiment in _values(rows, "experiment"):
+    for experiment in _published["mccallum-foster"]["time"]:
         of = [row for row in rows if row["experiment"] == experiment]
         numbers = [n for n in _values(of, "checkpoints") if n is not None]
         cells = []
@@ -88,14 +89,16 @@ def _time() -> str:
         title = experiment[0].upper() + experiment[1:]
         parts.append(f"### {title}\n\n{_table(head, cells)}")
     turns = max(row["training_steps"] for row in rows)
-    note = f"Medians of {turns} steps of training (3 of those that take over half a second)."
+    note = (
+        f"Medians of {turns} steps of training; of 3, if they take over half a second."
+    )
     return "\n\n".join([*parts, f"{note} {_date(rows)}"])
 
 
 def _bytes() -> str:
     rows = _part("mccallum-foster", "time")
     cells = []
-    for experiment in _values(rows, "experiment"):
+    for experiment in _published["mccallum-foster"]["time"]:
         of = [row for row in rows if row["experiment"] == experiment]
         for solver in _values(of, "solver"):
             sizes = {
@@ -108,8 +111,8 @@ def _bytes() -> str:
             cells.append(
                 [experiment, _code(solver), *(f"{sizes[key]:.1f}" for key in shown)]
             )
-    head = ["Experiment", "Solver", *_ours.values(), "2 checkpoints", "as many as stored"]
-    return _table(head[:-1] + ["most checkpoints"], cells)
+    head = ["Experiment", "Solver", *_ours.values()]
+    return _table([*head, "2 checkpoints", "most checkpoints"], cells)
 
 
 def _spread(values: list[float], unit: float) -> str:
@@ -122,7 +125,7 @@ def _spread(values: list[float], unit: float) -> str:
 def _loss() -> str:
     rows = _part("mccallum-foster", "loss")
     cells = []
-    for experiment in _values(rows, "experiment"):
+    for experiment in _published["mccallum-foster"]["loss"]:
         of = [row for row in rows if row["experiment"] == experiment]
         unit = 1e-4 if experiment == "white dwarf" else 1e-3
         for solver in _values(of, "solver"):
@@ -135,7 +138,10 @@ def _loss() -> str:
                 line.append(_spread(found, unit))
             noise = group[0]["noise"]
             line.append("" if noise is None else f"{noise / unit:.2g}")
-            line += [f"{group[0]['training_steps']:,}", str(len(_values(group, "seed")))]
+            line += [
+                f"{group[0]['training_steps']:,}",
+                str(len(_values(group, "seed"))),
+            ]
             cells.append(line)
     head = ["Experiment", "Solver", "Unit", "published: reversible", "checkpoints"]
     head += ["ours: `UReversible`", "numerical", "checkpoints", "noise"]
@@ -161,7 +167,11 @@ def _complexity() -> str:
             line.append("" if row is None else _number(row["time_ratio"]))
         numerical = of[steps, _numerical]["time_ratio"]
         cells.append([*line, _number(numerical)])
-    head = ["Steps", *(f"published, {n}" for n in numbers), *(f"ours, {n}" for n in numbers)]
+    head = [
+        "Steps",
+        *(f"published, {n}" for n in numbers),
+        *(f"ours, {n}" for n in numbers),
+    ]
     return f"{_table([*head, 'numerical'], cells)}\n\n{_date(rows)}"
 
 
