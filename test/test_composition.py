@@ -33,7 +33,6 @@ _ALL = (diffrax.VelocityVerlet, *_SPLITTINGS)
 _name = lambda x: getattr(x, "__name__", str(x))
 # Without those that are like others but for their coefficients.
 _few = diffrax.ForestRuth, diffrax.VelocityVerlet
-_some = _few[0], pytest.param(_few[1], marks=pytest.mark.slow)
 
 
 def _order(cls):
@@ -333,7 +332,8 @@ def _solve(solver, y0, adjoint, terms=_terms, c=_autonomous, **kwargs) -> Any:
     return jnp.concatenate([y[-1] for y in sol.ys])
 
 
-@pytest.mark.parametrize("cls", _some, ids=_name)
+@pytest.mark.slow
+@pytest.mark.parametrize("cls", _few, ids=_name)
 def test_controls(cls):
     # That of a path which is a straight line is a multiple of time. One of the halves
     # consists of several terms.
