@@ -25,5 +25,7 @@ from ._solver import (
     EES25 as EES25,
     EES27 as EES27,
     FixedPointReversible as FixedPointReversible,
+    GaussLegendre4 as GaussLegendre4,
+    ImplicitMidpoint as ImplicitMidpoint,
     UReversible as UReversible,
 )

@@ -4,6 +4,8 @@ from ._solver import (
     EES25,
     EES27,
     FixedPointReversible,
+    GaussLegendre4,
+    ImplicitMidpoint,
     UReversible,
 )
 from ._upstream_autocitation import *  # noqa: F403
@@ -18,7 +20,7 @@ from ._upstream_autocitation import (
 # The rules themselves are only to be found in the list.
 [_cite_solver] = [rule for rule in citation_rules if rule.__name__ == "_solvers"]
 
-_added = AsynchronousLeapfrog, EES25, EES27
+_added = AsynchronousLeapfrog, EES25, EES27, GaussLegendre4, ImplicitMidpoint
 
 
 def _added_solver(solver):

@@ -537,6 +537,7 @@ def test_citation(capsys):
     for solver, key in (
         (diffrax.AsynchronousLeapfrog(), "zhuang2021mali"),
         (diffrax.EES25(), "shmelev2025explicit"),
+        (diffrax.GaussLegendre4(), "hairer2006geometric"),
         (diffrax.UReversible(diffrax.EES27()), "shmelev2025explicit"),
     ):
         diffrax.citation(solver=solver)

@@ -21,6 +21,7 @@ _like_others = {
     "Dopri8",
     "EES25",
     "EES27",
+    "GaussLegendre4",
     "UReversible(Midpoint)",
     "UReversible(Ralston)",
     "UReversible(Bosh3)",

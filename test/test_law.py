@@ -19,6 +19,8 @@ _SOLVERS = {
     "AsynchronousLeapfrog": diffrax.AsynchronousLeapfrog(),
     "AsynchronousLeapfrog(0.9)": diffrax.AsynchronousLeapfrog(0.9),
     "ReversibleHeun": diffrax.ReversibleHeun(),
+    "ImplicitMidpoint": diffrax.ImplicitMidpoint(),
+    "GaussLegendre4": diffrax.GaussLegendre4(),
     "HalfSolver(ReversibleHeun)": ReversibleHalfSolver(diffrax.ReversibleHeun()),
     "HalfSolver(UReversible(Bosh3))": ReversibleHalfSolver(
         diffrax.UReversible(diffrax.Bosh3())
@@ -112,10 +114,10 @@ def _forward_and_backward(solver, structure, key, steps, made_jump):
 
 
 def _names_and_dtypes():
-    # Methods that are the same as others but for their tableau.
+    # Methods that are the same as others but for their coefficients.
     slow = {f"UReversible({name})" for name in ("Midpoint", "Ralston", "Dopri5")}
-    slow |= {"UReversible(Dopri8)"}
-    slow_float32 = {"UReversible(Bosh3)", "UReversible(Tsit5)"}
+    slow |= {"UReversible(Dopri8)", "ImplicitMidpoint"}
+    slow_float32 = {"UReversible(Bosh3)", "UReversible(Tsit5)", "GaussLegendre4"}
     slow_float32 |= {"HalfSolver(UReversible(Bosh3))", "UReversible(Bosh3, 0.5)"}
     for name in _SOLVERS:
         for dtype in (jnp.float64, jnp.float32):
