@@ -73,7 +73,7 @@ def count(
 
     def solve(field, y0):
         terms: Any = diffrax.ODETerm(lambda t, y, args: field(t, y, args))
-        if isinstance(solver, diffrax.SemiImplicitEuler):
+        if isinstance(solver.term_structure, tuple):
             other = lambda t, y, args: -field(t, y, args)
             terms = terms, diffrax.ODETerm(other)
             y0 = y0, y0

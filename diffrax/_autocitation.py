@@ -1,12 +1,23 @@
 from ._adjoint import ReversibleAdjoint
 from ._solver import (
     AsynchronousLeapfrog,
+    BlanesMoan4,
+    BlanesMoan6,
+    BlanesMoanRKN6,
     EES25,
     EES27,
     FixedPointReversible,
+    ForestRuth,
     GaussLegendre4,
     ImplicitMidpoint,
+    KahanLi6,
+    KahanLi8,
+    PEFRL,
+    PositionVerlet,
+    Ruth3,
+    Suzuki4,
     UReversible,
+    VelocityVerlet,
 )
 from ._upstream_autocitation import *  # noqa: F403
 from ._upstream_autocitation import (
@@ -20,7 +31,24 @@ from ._upstream_autocitation import (
 # The rules themselves are only to be found in the list.
 [_cite_solver] = [rule for rule in citation_rules if rule.__name__ == "_solvers"]
 
-_added = AsynchronousLeapfrog, EES25, EES27, GaussLegendre4, ImplicitMidpoint
+_added = (
+    AsynchronousLeapfrog,
+    BlanesMoan4,
+    BlanesMoan6,
+    BlanesMoanRKN6,
+    EES25,
+    EES27,
+    ForestRuth,
+    GaussLegendre4,
+    ImplicitMidpoint,
+    KahanLi6,
+    KahanLi8,
+    PEFRL,
+    PositionVerlet,
+    Ruth3,
+    Suzuki4,
+    VelocityVerlet,
+)
 
 
 def _added_solver(solver):
@@ -28,7 +56,7 @@ def _added_solver(solver):
         name = type(solver).__name__
         return f"""
 % You are using the {name} solver, which was introduced in:
-""" + _parse_reference(type(solver))
+""" + "\n\n".join(_parse_reference_multi(type(solver)))
 
 
 citation_rules.append(_added_solver)

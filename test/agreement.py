@@ -40,7 +40,17 @@ ts = jnp.array([t0, t0, 0.7, 0.71, 0.75, 0.75, 2.0, 2.449, t1])
 
 
 SOLVERS: dict[str, diffrax.AbstractSolver] = {
-    "SemiImplicitEuler": diffrax.SemiImplicitEuler(),
+    **{
+        type(solver).__name__: solver
+        for solver in (
+            diffrax.SemiImplicitEuler(),
+            diffrax.PositionVerlet(),
+            diffrax.VelocityVerlet(),
+            diffrax.Ruth3(),
+            diffrax.ForestRuth(),
+        )
+    },
+    "HalfSolver(VelocityVerlet)": diffrax.HalfSolver(diffrax.VelocityVerlet()),
     "LeapfrogMidpoint": diffrax.LeapfrogMidpoint(),
     "AsynchronousLeapfrog": diffrax.AsynchronousLeapfrog(),
     "ReversibleHeun": diffrax.ReversibleHeun(),
@@ -92,7 +102,7 @@ def _drift(t, y, args):
 
 
 def _other_drift(t, y, args):
-    # The other half of the pair that `SemiImplicitEuler` solves.
+    # The other half of the pair that some solvers take.
     return args["a"].T @ jnp.cos(y) - args["b"] * jnp.cos(2 * t).astype(y.dtype)
 
 
@@ -112,6 +122,10 @@ def make_params(dtype: Any = jnp.float64) -> PyTree[Array]:
     return dict(a=a / 2, b=b[0], y0=y0[0])
 
 
+def _takes_pair(solver: diffrax.AbstractSolver) -> bool:
+    return isinstance(solver.term_structure, tuple)
+
+
 @dataclasses.dataclass(frozen=True)
 class Solve:
     """Calls `diffeqsolve` on the problem, for a solver, an adjoint, and parameters.
@@ -123,7 +137,7 @@ class Solve:
 
     @property
     def is_pair(self) -> bool:
-        return isinstance(self.solver, diffrax.SemiImplicitEuler)
+        return _takes_pair(self.solver)
 
     def y0(self, y0: PyTree[Array]) -> PyTree[Array]:
         if self.is_pair:
@@ -167,7 +181,7 @@ class Case:
     run: Callable[[Solve], PyTree[Array]]
     # A step size controller needs an error estimate.
     is_adaptive: bool = False
-    # Terms other than those that `SemiImplicitEuler` takes.
+    # Other terms than a pair of them.
     single_term: bool = False
     # The method has to be of the Stratonovich kind, or the noise additive.
     is_sde: bool = False
@@ -185,7 +199,7 @@ class Case:
 
     def suits(self, solver: diffrax.AbstractSolver) -> bool:
         unwrapped = getattr(solver, "solver", solver)
-        if isinstance(solver, diffrax.SemiImplicitEuler) and self.single_term:
+        if self.single_term and _takes_pair(solver):
             return False
         if self.is_explicit and isinstance(unwrapped, diffrax.AbstractImplicitSolver):
             return False

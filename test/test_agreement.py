@@ -17,6 +17,9 @@ from .agreement import CASES, compare, pairs, SOLVERS
 # turns; and one case with every other solver, but for those that differ from others
 # only by their tableau.
 _like_others = {
+    "Ruth3",
+    "ForestRuth",
+    "HalfSolver(VelocityVerlet)",
     "Dopri5",
     "Dopri8",
     "EES25",

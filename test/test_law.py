@@ -13,8 +13,22 @@ import pytest
 from diffrax._solver.reversible_half_solver import ReversibleHalfSolver
 
 
+_COMPOSITIONS = (
+    diffrax.PositionVerlet,
+    diffrax.Ruth3,
+    diffrax.ForestRuth,
+    diffrax.Suzuki4,
+    diffrax.PEFRL,
+    diffrax.BlanesMoan4,
+    diffrax.BlanesMoan6,
+    diffrax.BlanesMoanRKN6,
+    diffrax.KahanLi6,
+    diffrax.KahanLi8,
+)
 _SOLVERS = {
     "SemiImplicitEuler": diffrax.SemiImplicitEuler(),
+    "VelocityVerlet": diffrax.VelocityVerlet(),
+    **{cls.__name__: cls() for cls in _COMPOSITIONS},
     "LeapfrogMidpoint": diffrax.LeapfrogMidpoint(),
     "AsynchronousLeapfrog": diffrax.AsynchronousLeapfrog(),
     "AsynchronousLeapfrog(0.9)": diffrax.AsynchronousLeapfrog(0.9),
@@ -53,7 +67,12 @@ def test_every_reversible_solver_is_tested():
         if isinstance(cls, type) and issubclass(cls, diffrax.AbstractReversibleSolver)
     }
     tested = {type(solver) for solver in _SOLVERS.values()}
-    assert exported - tested == {diffrax.AbstractReversibleSolver}
+    abstract = {diffrax.AbstractReversibleSolver, diffrax.AbstractSplitting}
+    assert exported - tested == abstract
+
+
+def _takes_pair(solver):
+    return isinstance(solver.term_structure, tuple)
 
 
 def _structure(dtype):
@@ -88,7 +107,7 @@ def _forward_and_backward(solver, structure, key, steps, made_jump):
     scale = jtu.tree_map(lambda x: jnp.max(x, initial=1e-8), structure)
     y = _normal_like(key, structure)
     terms: Any = diffrax.ODETerm(_field)
-    if isinstance(solver, diffrax.SemiImplicitEuler):
+    if _takes_pair(solver):
         terms = (terms, terms)
         y = (y, _normal_like(jr.fold_in(key, 1), structure))
     ts = jnp.cumsum(steps)
@@ -118,7 +137,9 @@ def _names_and_dtypes():
     slow = {f"UReversible({name})" for name in ("Midpoint", "Ralston", "Dopri5")}
     slow |= {"UReversible(Dopri8)", "ImplicitMidpoint"}
     slow_float32 = {"UReversible(Bosh3)", "UReversible(Tsit5)", "GaussLegendre4"}
+    slow |= {cls.__name__ for cls in _COMPOSITIONS if cls is not diffrax.PositionVerlet}
     slow_float32 |= {"HalfSolver(UReversible(Bosh3))", "UReversible(Bosh3, 0.5)"}
+    slow_float32 |= {"PositionVerlet"}
     for name in _SOLVERS:
         for dtype in (jnp.float64, jnp.float32):
             is_slow = name in slow
@@ -163,7 +184,7 @@ def test_step_then_backward_step(name, dtype, seed, start, steps, made_jump):
     tolerance = 200 * float(jnp.finfo(dtype).eps) / divisor
     y, *_ = before
     scale = _structure(dtype)
-    if isinstance(solver, diffrax.SemiImplicitEuler):
+    if _takes_pair(solver):
         scale = (scale, scale)
     sizes = {
         jtu.keystr(path): max(map(_max_abs, leaves))
