@@ -30,6 +30,8 @@ from ._solver import (
     EES27 as EES27,
     FixedPointReversible as FixedPointReversible,
     ForestRuth as ForestRuth,
+    GaussLegendre4 as GaussLegendre4,
+    ImplicitMidpoint as ImplicitMidpoint,
     KahanLi6 as KahanLi6,
     KahanLi8 as KahanLi8,
     PEFRL as PEFRL,

@@ -54,6 +54,8 @@ SOLVERS: dict[str, diffrax.AbstractSolver] = {
     "LeapfrogMidpoint": diffrax.LeapfrogMidpoint(),
     "AsynchronousLeapfrog": diffrax.AsynchronousLeapfrog(),
     "ReversibleHeun": diffrax.ReversibleHeun(),
+    "ImplicitMidpoint": diffrax.ImplicitMidpoint(),
+    "GaussLegendre4": diffrax.GaussLegendre4(),
     "HalfSolver(ReversibleHeun)": diffrax.HalfSolver(diffrax.ReversibleHeun()),
     **{
         f"UReversible({type(solver).__name__})": diffrax.UReversible(solver)
@@ -183,6 +185,8 @@ class Case:
     single_term: bool = False
     # The method has to be of the Stratonovich kind, or the noise additive.
     is_sde: bool = False
+    # Implicit methods differentiate the vector field in forward mode.
+    is_explicit: bool = False
     # Of the value as well: two programs need not round alike.
     tolerance: float = 1e-10
     dtype: Any = jnp.float64
@@ -196,6 +200,8 @@ class Case:
     def suits(self, solver: diffrax.AbstractSolver) -> bool:
         unwrapped = getattr(solver, "solver", solver)
         if self.single_term and _takes_pair(solver):
+            return False
+        if self.is_explicit and isinstance(unwrapped, diffrax.AbstractImplicitSolver):
             return False
         if self.is_adaptive and not isinstance(solver, diffrax.AbstractAdaptiveSolver):
             return False
@@ -659,6 +665,7 @@ def _checkpoint(solve):
 @_case(
     "a solve in the vector field of another",
     single_term=True,
+    is_explicit=True,
     is_quick=False,
 )
 def _nested_solve(solve):

@@ -1,5 +1,6 @@
 """Reversible solvers from the literature: what each of them claims to be."""
 
+import warnings
 from typing import Any
 
 import diffrax
@@ -23,12 +24,19 @@ _term = diffrax.ODETerm(_pendulum)
 
 def _solve(solver: Any, num_steps: Any, terms: Any = _term, **kwargs: Any) -> Any:
     """Constant steps from 0 to 2."""
-    kwargs = dict(y0=_y0, max_steps=1024) | kwargs
-    return diffrax.diffeqsolve(terms, solver, 0.0, 2.0, 2.0 / num_steps, **kwargs)
+    kwargs = dict(t1=2.0, y0=_y0, max_steps=1024) | kwargs
+    dt0 = kwargs["t1"] / num_steps
+    return diffrax.diffeqsolve(terms, solver, t0=0.0, dt0=dt0, **kwargs)
 
 
 def _slope(errors: Any, nums: Any) -> float:
     return float(-np.polyfit(np.log(nums), np.log(np.asarray(errors)), 1)[0])
+
+
+def _name(x: Any) -> str | None:
+    if isinstance(x, diffrax.AbstractImplicitSolver):
+        return type(x).__name__
+    return repr(x)
 
 
 @pytest.fixture(scope="module")
@@ -50,15 +58,17 @@ def exact():
         diffrax.AsynchronousLeapfrog(0.9),
         diffrax.EES25(),
         diffrax.EES27(),
+        diffrax.ImplicitMidpoint(),
+        diffrax.GaussLegendre4(),
     ),
-    ids=repr,
+    ids=_name,
 )
 def test_order(solver, exact):
     @jax.jit
     def solve(num_steps):
         return _solve(solver, num_steps).ys[-1]
 
-    nums = (50, 100, 200)
+    nums = (24, 48, 96)
     (true_y1,) = exact(jnp.array([2.0]))
     errors = [jnp.max(jnp.abs(solve(float(n)) - true_y1)) for n in nums]
     assert abs(_slope(errors, nums) - solver.order(_term)) < 0.1
@@ -70,8 +80,10 @@ def test_order(solver, exact):
         (diffrax.AsynchronousLeapfrog(), 3),
         (diffrax.EES25(), 3),
         (diffrax.EES27(), 3),
+        (diffrax.ImplicitMidpoint(), 2),
+        (diffrax.GaussLegendre4(), 4),
     ),
-    ids=repr,
+    ids=_name,
 )
 def test_interpolation(solver, order, exact):
     """By how much the error within a step is larger than at its ends. (That of a linear
@@ -190,7 +202,7 @@ _ees = pytest.mark.parametrize(
         (diffrax.EES25(0.3), 5, -3.087),
         (diffrax.EES27(), 7, -3.915),
     ),
-    ids=repr,
+    ids=_name,
 )
 
 
@@ -282,3 +294,95 @@ def test_ees_as_its_authors_use_it():
         gradient(diffrax.ReversibleAdjoint(checkpoints=0))
     ignoring = diffrax.ReversibleAdjoint(checkpoints=0, on_failure="ignore")
     np.testing.assert_allclose(gradient(ignoring), authors, rtol=1e-13)
+
+
+#
+# Symmetric implicit methods
+#
+
+
+_midpoint, _gauss4 = diffrax.ImplicitMidpoint(), diffrax.GaussLegendre4()
+
+
+def _gauss(quick: diffrax.AbstractSolver) -> Any:
+    """For both, in turns: they share all of their code."""
+    other = _gauss4 if quick is _midpoint else _midpoint
+    slow = pytest.param(other, marks=pytest.mark.slow)
+    return pytest.mark.parametrize("solver", (quick, slow), ids=_name)
+
+
+def _hamiltonian(y):
+    # Not separable.
+    q, p = y
+    return 0.5 * p**2 * (1 + q**2) + jnp.cos(q)
+
+
+def _hamiltonian_field(t, y, args):
+    of_q, of_p = jax.grad(_hamiltonian)(y)
+    return jnp.stack([of_p, -of_q])
+
+
+@_gauss(_midpoint)
+def test_gauss_symplectic(solver):
+    term = diffrax.ODETerm(_hamiltonian_field)
+    step = lambda y: solver.step(term, 0.0, 0.3, y, None, None, False)[0]
+    jacobian = jax.jit(jax.jacrev(step))(_y0)
+    form = np.array([[0.0, 1.0], [-1.0, 0.0]])
+    np.testing.assert_allclose(jacobian.T @ form @ jacobian, form, atol=1e-14)
+
+
+@_gauss(_gauss4)
+def test_gauss_energy_does_not_drift(solver):
+    """The error of the energy in the second half of a thousand large steps is that in
+    the first."""
+    saveat = diffrax.SaveAt(steps=True)
+    term = diffrax.ODETerm(_hamiltonian_field)
+    sol = _solve(solver, 1000, term, saveat=saveat, t1=200.0, max_steps=1000)
+    errors = jnp.abs(jax.vmap(_hamiltonian)(sol.ys) - _hamiltonian(_y0))
+    first, second = jnp.max(errors.reshape(2, -1), axis=1)
+    assert 0 < second < 1.05 * first < 0.1
+
+
+@_gauss(_midpoint)
+def test_gauss_quadratic_invariant(solver):
+    """The norm is kept up to rounding, over any number of steps of any size."""
+
+    def field(t, y, args):
+        x, z = y
+        return jnp.stack([-z, x]) * (1 + x * z + jnp.cos(t))
+
+    sol = _solve(solver, 100, diffrax.ODETerm(field), t1=20.0, max_steps=100)
+    error = jnp.linalg.norm(sol.ys[0]) / jnp.linalg.norm(_y0) - 1
+    assert jnp.abs(error) < 100 * np.finfo(float).eps
+
+
+@_gauss(_gauss4)
+def test_gauss_stability(solver):
+    """A-stable, and neutral on the imaginary axis."""
+    term = diffrax.ODETerm(lambda t, y, a: a * y)
+
+    @jax.jit
+    @jax.vmap
+    def growth(z):
+        y0 = jnp.ones((), z.dtype)
+        y1, *_ = solver.step(term, 0.0, 1.0, y0, z, None, False)
+        return y1
+
+    z = np.array([1j, 10j, -0.1 + 3j, -2, -1000])
+    if isinstance(solver, diffrax.ImplicitMidpoint):
+        expected = (1 + z / 2) / (1 - z / 2)
+    else:
+        expected = (1 + z / 2 + z**2 / 12) / (1 - z / 2 + z**2 / 12)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Complex dtype support")
+        found = growth(jnp.asarray(z))
+    np.testing.assert_allclose(found, expected, rtol=1e-13)
+
+
+def test_gauss_fails_if_its_equations_have_no_solution():
+    term = diffrax.ODETerm(lambda t, y, args: 1 + y**2)
+    sol = _solve(diffrax.ImplicitMidpoint(), 1, term, throw=False)
+    assert sol.result in (
+        diffrax.RESULTS.nonlinear_divergence,
+        diffrax.RESULTS.nonlinear_max_steps_reached,
+    )

@@ -33,6 +33,8 @@ _SOLVERS = {
     "AsynchronousLeapfrog": diffrax.AsynchronousLeapfrog(),
     "AsynchronousLeapfrog(0.9)": diffrax.AsynchronousLeapfrog(0.9),
     "ReversibleHeun": diffrax.ReversibleHeun(),
+    "ImplicitMidpoint": diffrax.ImplicitMidpoint(),
+    "GaussLegendre4": diffrax.GaussLegendre4(),
     "HalfSolver(ReversibleHeun)": ReversibleHalfSolver(diffrax.ReversibleHeun()),
     "HalfSolver(UReversible(Bosh3))": ReversibleHalfSolver(
         diffrax.UReversible(diffrax.Bosh3())
@@ -131,11 +133,11 @@ def _forward_and_backward(solver, structure, key, steps, made_jump):
 
 
 def _names_and_dtypes():
-    # Methods that are the same as others but for their tableau.
+    # Methods that are the same as others but for their coefficients.
     slow = {f"UReversible({name})" for name in ("Midpoint", "Ralston", "Dopri5")}
-    slow |= {"UReversible(Dopri8)"}
+    slow |= {"UReversible(Dopri8)", "ImplicitMidpoint"}
+    slow_float32 = {"UReversible(Bosh3)", "UReversible(Tsit5)", "GaussLegendre4"}
     slow |= {cls.__name__ for cls in _COMPOSITIONS if cls is not diffrax.PositionVerlet}
-    slow_float32 = {"UReversible(Bosh3)", "UReversible(Tsit5)"}
     slow_float32 |= {"HalfSolver(UReversible(Bosh3))", "UReversible(Bosh3, 0.5)"}
     slow_float32 |= {"PositionVerlet"}
     for name in _SOLVERS:

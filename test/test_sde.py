@@ -31,6 +31,8 @@ _general = (
     (diffrax.GeneralShARK(), _H),
     (diffrax.ReversibleHeun(), _W),
     (diffrax.AsynchronousLeapfrog(), _W),
+    (diffrax.ImplicitMidpoint(), _W),
+    (diffrax.GaussLegendre4(), _W),
     (diffrax.UReversible(diffrax.Heun()), _W),
     (diffrax.HalfSolver(diffrax.EulerHeun()), _W),
 )

@@ -15,6 +15,10 @@ from .compositions import (
 )
 from .ees import EES25 as EES25, EES27 as EES27
 from .fixed_point_reversible import FixedPointReversible as FixedPointReversible
+from .gauss_legendre import (
+    GaussLegendre4 as GaussLegendre4,
+    ImplicitMidpoint as ImplicitMidpoint,
+)
 from .reversible import UReversible as UReversible
 from .splitting import AbstractSplitting as AbstractSplitting
 from .velocity_verlet import VelocityVerlet as VelocityVerlet

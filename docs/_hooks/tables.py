@@ -298,7 +298,7 @@ def _least() -> str:
 
 
 def _counts(row: dict[str, Any]) -> str:
-    return " / ".join(f"{x:.3g}" for x in row["evaluations"].values())
+    return " / ".join(f"{x:.3g}" for x in (row["evaluations"] or {}).values())
 
 
 def _interval(x: float | None) -> str:
