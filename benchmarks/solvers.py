@@ -7,7 +7,8 @@ For each solver:
 
 - its order, as claimed and as measured on a driven pendulum;
 - evaluations of the vector field for each step of a gradient (as `least.py` counts
-  them): of the solve, of the way back, and transposed;
+  them): of the solve, of the way back, and transposed (not of implicit methods, which
+  take derivatives of it as well);
 - the stability intervals on the negative real and on the imaginary axis, from the map
   that a step makes (for a solver of two equations, that of a harmonic oscillator), to
   where that grows by no more than 1e-9 a step;
@@ -72,6 +73,8 @@ SOLVERS: dict[str, Callable[[], Any]] = {
     "KahanLi8": diffrax.KahanLi8,
     "LeapfrogMidpoint": diffrax.LeapfrogMidpoint,
     "AsynchronousLeapfrog": diffrax.AsynchronousLeapfrog,
+    "ImplicitMidpoint": diffrax.ImplicitMidpoint,
+    "GaussLegendre4": diffrax.GaussLegendre4,
     "ReversibleHeun": diffrax.ReversibleHeun,
     "UReversible(Heun)": ft.partial(_coupled, diffrax.Heun),
     "UReversible(Tsit5)": ft.partial(_coupled, diffrax.Tsit5),
@@ -290,7 +293,10 @@ def times(name: str, solver: Any, num_steps: int, repeats: int) -> dict[str, flo
 def measure(name: str, problems: list[str], repeats: int) -> dict[str, Any]:
     solver = SOLVERS[name]()
     terms, _ = make_terms(PROBLEMS["pendulum"], is_pair(solver))
-    kinds = "solve", "backward", "transposed"
+    evaluations = None
+    if not isinstance(solver, diffrax.AbstractImplicitSolver):
+        kinds = "solve", "backward", "transposed"
+        evaluations = dict(zip(kinds, least.count(solver, "cheap", 100)))
     pair = is_pair(solver)
     entry = Entry(SOLVERS[name], pair)
     row: dict[str, Any] = dict(
@@ -298,7 +304,7 @@ def measure(name: str, problems: list[str], repeats: int) -> dict[str, Any]:
         pair=pair,
         claimed=solver.order(terms),
         order=order(solver),
-        evaluations=dict(zip(kinds, least.count(solver, "cheap", 100))),
+        evaluations=evaluations,
         real=None if pair else stable_up_to(entry, -1.0),
         imaginary=stable_up_to(entry, 1j),
         missed=missed(solver, 10_000),
@@ -314,7 +320,7 @@ def measure(name: str, problems: list[str], repeats: int) -> dict[str, Any]:
 
 
 def print_row(row: dict[str, Any]) -> None:
-    counts = "/".join(f"{x:.3g}" for x in row["evaluations"].values())
+    counts = "/".join(f"{x:.3g}" for x in (row["evaluations"] or {}).values())
     real = "" if row["real"] is None else f"{row['real']:.3g}"
     line = f"{row['solver']:20s} {row['claimed']:2} {row['order']:5.2f} {counts:>12s} "
     line += f"{real:>7s} {row['imaginary']:7.3g} "

@@ -298,7 +298,8 @@ def _least() -> str:
 
 
 def _counts(row: dict[str, Any]) -> str:
-    return " / ".join(f"{x:.3g}" for x in row["evaluations"].values())
+    # Those of implicit methods are not counted.
+    return " / ".join(f"{x:.3g}" for x in (row["evaluations"] or {}).values())
 
 
 def _interval(x: float | None) -> str:
