@@ -21,6 +21,23 @@ from ._reversal_report import (
 )
 from ._solver import (
     AbstractReversibleSolver as AbstractReversibleSolver,
+    AbstractSplitting as AbstractSplitting,
+    AsynchronousLeapfrog as AsynchronousLeapfrog,
+    BlanesMoan4 as BlanesMoan4,
+    BlanesMoan6 as BlanesMoan6,
+    BlanesMoanRKN6 as BlanesMoanRKN6,
+    EES25 as EES25,
+    EES27 as EES27,
     FixedPointReversible as FixedPointReversible,
+    ForestRuth as ForestRuth,
+    GaussLegendre4 as GaussLegendre4,
+    ImplicitMidpoint as ImplicitMidpoint,
+    KahanLi6 as KahanLi6,
+    KahanLi8 as KahanLi8,
+    PEFRL as PEFRL,
+    PositionVerlet as PositionVerlet,
+    Ruth3 as Ruth3,
+    Suzuki4 as Suzuki4,
     UReversible as UReversible,
+    VelocityVerlet as VelocityVerlet,
 )
