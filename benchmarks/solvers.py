@@ -226,7 +226,8 @@ def missed(solver: Any, num_steps: int) -> float:
 
     def forward(carry, times):
         y, state = carry
-        y, _, _, new, _ = solver.step(terms, *times, y, args, state, no_jump)
+        t0, t1 = times
+        y, _, _, new, _ = solver.step(terms, t0, t1, y, args, state, no_jump)
         return (y, new), solver.record_state(state)
 
     def backward(carry, step):
