@@ -21,6 +21,7 @@ from ._reversal_report import (
 )
 from ._solver import (
     AbstractReversibleSolver as AbstractReversibleSolver,
+    BitExact as BitExact,
     FixedPointReversible as FixedPointReversible,
     UReversible as UReversible,
 )

@@ -68,6 +68,7 @@ class AbstractReversibleSolver(AbstractSolver[_SolverState]):
 
     # Documented above.
     shared_evaluations: ClassVar[tuple[int | None, ...] | None] = None
+    is_bit_exact: ClassVar[bool] = False
 
     @abc.abstractmethod
     def backward_step(
