@@ -47,6 +47,7 @@ Least = tuple[int, int, int]
 SOLVERS: dict[str, tuple[Callable[[], diffrax.AbstractSolver], Least]] = {
     "SemiImplicitEuler": (diffrax.SemiImplicitEuler, (2, 2, 2)),
     "LeapfrogMidpoint": (diffrax.LeapfrogMidpoint, (1, 1, 1)),
+    "AsynchronousLeapfrog": (diffrax.AsynchronousLeapfrog, (1, 1, 1)),
     "ReversibleHeun": (diffrax.ReversibleHeun, (1, 1, 1)),
     "Euler": (diffrax.Euler, (1, 2, 1)),
     "Heun": (diffrax.Heun, _numerical(diffrax.Heun())),
@@ -72,7 +73,7 @@ def count(
 
     def solve(field, y0):
         terms: Any = diffrax.ODETerm(lambda t, y, args: field(t, y, args))
-        if isinstance(solver, diffrax.SemiImplicitEuler):
+        if isinstance(solver.term_structure, tuple):
             other = lambda t, y, args: -field(t, y, args)
             terms = terms, diffrax.ODETerm(other)
             y0 = y0, y0

@@ -90,8 +90,8 @@ class ReversibleAdjoint(AbstractAdjoint):
 
     - in closed form, if the solver is a [`diffrax.AbstractReversibleSolver`][]:
         [`diffrax.ReversibleHeun`][], [`diffrax.LeapfrogMidpoint`][],
-        [`diffrax.SemiImplicitEuler`][], [`diffrax.UReversible`][], or [your
-        own](../extending.md);
+        [`diffrax.SemiImplicitEuler`][], [`diffrax.UReversible`][], the [symplectic
+        methods](../solvers.md#symplectic-methods), or [your own](../extending.md);
     - numerically, up to rounding, for every explicit Runge--Kutta method, and every
         other that carries nothing but `y` from one step to the next: see
         [`diffrax.FixedPointReversible`][];

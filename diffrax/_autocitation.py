@@ -1,5 +1,24 @@
 from ._adjoint import ReversibleAdjoint
-from ._solver import FixedPointReversible, UReversible
+from ._solver import (
+    AsynchronousLeapfrog,
+    BlanesMoan4,
+    BlanesMoan6,
+    BlanesMoanRKN6,
+    EES25,
+    EES27,
+    FixedPointReversible,
+    ForestRuth,
+    GaussLegendre4,
+    ImplicitMidpoint,
+    KahanLi6,
+    KahanLi8,
+    PEFRL,
+    PositionVerlet,
+    Ruth3,
+    Suzuki4,
+    UReversible,
+    VelocityVerlet,
+)
 from ._upstream_autocitation import *  # noqa: F403
 from ._upstream_autocitation import (
     _parse_reference as _parse_reference,
@@ -12,11 +31,46 @@ from ._upstream_autocitation import (
 # The rules themselves are only to be found in the list.
 [_cite_solver] = [rule for rule in citation_rules if rule.__name__ == "_solvers"]
 
+_added = (
+    AsynchronousLeapfrog,
+    BlanesMoan4,
+    BlanesMoan6,
+    BlanesMoanRKN6,
+    EES25,
+    EES27,
+    ForestRuth,
+    GaussLegendre4,
+    ImplicitMidpoint,
+    KahanLi6,
+    KahanLi8,
+    PEFRL,
+    PositionVerlet,
+    Ruth3,
+    Suzuki4,
+    VelocityVerlet,
+)
+
+
+def _added_solver(solver):
+    if type(solver) in _added:
+        name = type(solver).__name__
+        return f"""
+% You are using the {name} solver, which was introduced in:
+""" + "\n\n".join(_parse_reference_multi(type(solver)))
+
+
+citation_rules.append(_added_solver)
+
+
+def _cite_wrapped(solver, saveat):
+    found = _cite_solver(solver, saveat)
+    return _added_solver(solver) if found is None else found
+
 
 @citation_rules.append
 def _reversible_solver(solver, saveat=None):
     if type(solver) is UReversible:
-        wrapped = _cite_solver(solver.solver, saveat)
+        wrapped = _cite_wrapped(solver.solver, saveat)
         return (
             r"""
 % You are using a reversible solver (`UReversible`), the construction of which was
@@ -30,7 +84,7 @@ def _reversible_solver(solver, saveat=None):
 @citation_rules.append
 def _fixed_point_reversible_solver(solver, saveat=None):
     if type(solver) is FixedPointReversible:
-        return _cite_solver(solver.solver, saveat)
+        return _cite_wrapped(solver.solver, saveat)
 
 
 @citation_rules.append

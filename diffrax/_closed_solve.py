@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import equinox as eqx
 import equinox.internal as eqxi
+import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -71,8 +72,9 @@ class LocalSolve(eqx.Module):
     - `step`: makes one step; a function of `(terms, step, y0, args, solver_state,
         has_output)` that returns `(y1, dense_info, solver_state, hint)`.
     - `record_back`: undoes one step, and records what it evaluates; a function of
-        `(terms, step, y1, args, hint)` that returns `(y0, solver_state, records)`.
-        `None` if evaluations are not shared.
+        `(terms, step, y1, args, hint, carried, has_carried)` that returns `(y0,
+        solver_state, records, carried)`, where `carried` is of what was recorded for
+        the step before. `None` if evaluations are not shared.
     - `recall`: makes one step from that; a function of the arguments of `step` and
         `records` that returns what `step` does, and by how much the points are off at
         which these were recorded. `None` likewise.
@@ -168,6 +170,8 @@ class ClosedSolve(eqx.Module):
     - `increment`: a function of `(terms, step, args, hint)`, which is the product of
         `vf` and the control of a step, which is known. `None` if there is no such
         thing.
+    - `carried`: the structure of what `LocalSolve.record_back` takes from the step that
+        comes next.
     - `interpolate`: the solution inside of one step; a function of `(dense_info, step,
         t)`.
     - `reversal`: how steps are undone. (Not the instance, the methods of which are the
@@ -187,6 +191,7 @@ class ClosedSolve(eqx.Module):
     replay: Callable
     step_back: Callable | None
     increment: Callable | None
+    carried: PyTree[jax.ShapeDtypeStruct]
     interpolate: Callable
     reversal: type[AbstractReversal] = eqx.field(static=True)
     max_corrections: int = eqx.field(static=True)
@@ -286,9 +291,9 @@ def _step(solve: _Solve, terms, step, y0, args, solver_state, has_output):
     return as_arrays(reversal.step(terms, step, y0, args, solver_state, has_output))
 
 
-def _record_back(shared: SharedEvaluations, terms, step, y1, args, hint):
-    y0, solver_state0, records = shared.record_back(terms, step, y1, args, hint)
-    return *as_arrays((y0, solver_state0)), records
+def _record_back(shared: SharedEvaluations, *args):
+    y0, solver_state0, *records = shared.record_back(*args)
+    return *as_arrays((y0, solver_state0)), *records
 
 
 def _recall(shared: SharedEvaluations, *args):
@@ -565,9 +570,11 @@ def _close_parts(
     closed_step = convert(_step, *step_args, has_output)
     out = eqx.filter_eval_shape(closed_step, *step_args, has_output)
     _, dense_info, _, hint = out
+    record_back, recall, carried = _close_shared(solve, hint, *step_args, has_output)
     local = LocalSolve(
         closed_step,
-        *_close_shared(solve, hint, *step_args, has_output),
+        record_back,
+        recall,
         controls,
         convert(_vf, terms, step.t1, y, args),
         [_close_fn(sub.fn, step.t1, y, args) for sub in subs],
@@ -582,14 +589,15 @@ def _close_parts(
         replay=close(_replay, terms, step, y, args, solver_state),
         step_back=step_back,
         increment=increment,
+        carried=carried,
         interpolate=_without_gradient(interpolate, set(), name),
     )
 
 
 def _close_shared(
     solve: _Solve, hint: PyTree, *step_args: Any
-) -> tuple[ClosedFunction | None, ClosedFunction | None]:
-    """`LocalSolve.record_back` and `LocalSolve.recall`."""
+) -> tuple[ClosedFunction | None, ClosedFunction | None, PyTree]:
+    """`LocalSolve.record_back`, `LocalSolve.recall` and `ClosedSolve.carried`."""
     reversal, _ = solve
     terms, step, y, args, solver_state, _ = step_args
 
@@ -598,12 +606,14 @@ def _close_shared(
 
     shared = SharedEvaluations.of(reversal, prepare, terms, step, y, args, solver_state)
     if shared is None:
-        return None, None
+        return None, None, None
     back_args = terms, step, y, args, hint
+    carried = eqx.filter_eval_shape(shared.start, *back_args)
+    back_args = *back_args, carried, jnp.array(True)
     record_back = close_function(ft.partial(_record_back, shared), *back_args)
-    *_, records = eqx.filter_eval_shape(record_back, *back_args)
+    _, _, records, _ = eqx.filter_eval_shape(record_back, *back_args)
     recall = close_function(ft.partial(_recall, shared), *step_args, records)
-    return record_back, recall
+    return record_back, recall, carried
 
 
 def _close_fn(fn: Callable, t: Any, y: Y, args: Args) -> Callable | None:

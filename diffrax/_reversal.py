@@ -13,9 +13,11 @@ from ._custom_types import Args, BoolScalarLike, DenseInfo, RealScalarLike, VF, 
 from ._solver import (
     AbstractReversibleSolver,
     AbstractSolver,
+    AsynchronousLeapfrog,
     ReversibleHeun,
     UReversible,
 )
+from ._solver.base import SharedIndices
 from ._solver.fixed_point_reversible import UnrolledSolver
 from ._step_record import Step
 from ._term import AbstractTerm
@@ -47,10 +49,11 @@ class AbstractReversal(eqx.Module):
         return False
 
     @property
-    def shared_evaluations(self) -> tuple[int | None, ...] | None:
-        """Which evaluations of the vector field `step` and `step_back` share, as
-        [`diffrax.AbstractReversibleSolver`][] describes it."""
-        return None
+    def shared_evaluations(self) -> dict[str, SharedIndices]:
+        """Which evaluations of the vector field `step` and `step_back` share:
+        `shared_evaluations` and `carried_evaluations`, as far as there are any, as
+        [`diffrax.AbstractReversibleSolver`][] describes them."""
+        return {}
 
     def record_state(self, solver_state: PyTree) -> PyTree:
         """What to record of the solver state at the start of every step."""
@@ -122,24 +125,31 @@ class AlgebraicReversal(AbstractReversal):
     @property
     def knows_controls(self):
         # Of others it is not known what they ask of their terms.
-        return type(self.solver) in (ReversibleHeun, UReversible)
+        known = AsynchronousLeapfrog, ReversibleHeun, UReversible
+        return type(self.solver) in known
 
     @property
     def shared_evaluations(self):
+        attributes = "shared_evaluations", "carried_evaluations"
+        found = {x: self._declared(x) for x in attributes}
+        return {x: shared for x, shared in found.items() if shared is not None}
+
+    def _declared(self, attribute: str) -> SharedIndices | None:
         # Not if this is of another `step` or another `backward_step` than the class
         # was told of.
         defined = [
             next(i for i, cls in enumerate(type(self.solver).__mro__) if x in vars(cls))
-            for x in ("shared_evaluations", "step", "backward_step")
+            for x in (attribute, "step", "backward_step")
         ]
-        shared = self.solver.shared_evaluations
+        shared = getattr(self.solver, attribute)
         if shared is None or defined[0] > min(defined):
             return None
-        if not isinstance(shared, tuple) or not all(map(_is_index, shared)):
+        is_by_term = isinstance(shared, tuple) and all(map(_are_indices, shared))
+        if not (is_by_term or _are_indices(shared)):
             name = type(self.solver).__name__
             raise ValueError(
-                f"`{name}.shared_evaluations` must be a tuple of integers and `None`, "
-                f"but is {shared}."
+                f"`{name}.{attribute}` must be a tuple of integers and `None`, or a "
+                f"tuple of such tuples, but is {shared}."
             )
         return shared
 
@@ -184,8 +194,11 @@ class ExactReversal(AlgebraicReversal):
     is_exact: ClassVar[bool] = True
 
 
-def _is_index(x: Any) -> bool:
-    return x is None or (isinstance(x, int) and not isinstance(x, bool))
+def _are_indices(x: Any) -> bool:
+    def is_index(i):
+        return i is None or (isinstance(i, int) and not isinstance(i, bool))
+
+    return isinstance(x, tuple) and all(map(is_index, x))
 
 
 def _are_alike(x: PyTree, y: PyTree) -> bool:

@@ -56,6 +56,8 @@ class Position(eqx.Module):
         nobody asks for these.
     - `probe`: what rounding may have led to since the last state that was known. `None`
         if nobody asks for that.
+    - `carried`: what was evaluated in undoing the step that starts here, and serves for
+        linearising the one before; if `has_carried`.
     """
 
     index: Int[Array, ""]
@@ -67,6 +69,8 @@ class Position(eqx.Module):
     grads: PyTree[Array]
     grad_times: TimeGradient | None
     probe: Probe | None
+    carried: PyTree[Array]
+    has_carried: Bool[Array, ""]
 
 
 class Round(eqx.Module):
@@ -348,11 +352,21 @@ class ReverseStep(eqx.Module):
             return y0, undone, y1, jnp.zeros((), jnp.result_type(float)), new
 
         def shared():
-            y0, solver_state0, records = local.record_back(
-                terms, step, position.y, args, position.hint
+            has_carried = position.has_carried & jnp.invert(step.next_made_jump)
+            y0, solver_state0, records, carried = local.record_back(
+                terms,
+                step,
+                position.y,
+                args,
+                position.hint,
+                position.carried,
+                has_carried,
             )
             y1, aux = linearise(y0, solver_state0, records)
             new = self._pull_back(start, step, y0, aux, pull_back_controls)
+            new = eqx.tree_at(
+                lambda p: (p.carried, p.has_carried), new, (carried, jnp.array(True))
+            )
             *_, off = aux
             return y0, (y0, solver_state0), y1, off, new
 
@@ -594,6 +608,8 @@ class ReverseStep(eqx.Module):
             grads=grads,
             grad_times=self._add_times(position.grad_times, index, grad_times),
             probe=position.probe,
+            carried=position.carried,
+            has_carried=jnp.array(False),
         )
 
     def _add_times(

@@ -4,6 +4,9 @@ A step that has an inverse in closed form evaluates the vector field at the same
 whether it is made or undone. So what was evaluated in order to undo it need not be
 evaluated again to linearise it, provided that the derivative is taken along: it is
 recorded where the step is undone, and the step that is linearised takes it from there.
+
+Of a step, the last evaluation of which is the first of the one that comes next, that is
+made when undoing the latter: it is carried from there.
 """
 
 import functools as ft
@@ -12,6 +15,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import equinox as eqx
+import equinox.internal as eqxi
 import jax
 import jax.extend as jex
 import jax.lax as lax
@@ -24,6 +28,7 @@ from ._known_controls import is_single_term, TermWithControl
 from ._point_distance import distance
 from ._recorded_field import Call, Evaluation, Point, RecordedField
 from ._reversal import AbstractReversal
+from ._solver.base import SharedIndices
 from ._step_record import Step
 from ._term import AbstractTerm
 
@@ -35,6 +40,8 @@ _trace_state: Any = (
 
 # By term and evaluation of `step`. `None` for one that is not shared.
 Records = list[list[Evaluation | None]]
+# For each term and evaluation of `step`, the number of one of `step_back`.
+_Plan = list[list[int | None]]
 
 
 class _Watched(TermWithControl):
@@ -102,8 +109,10 @@ class SharedEvaluations:
         self._prepare = prepare
         self._num_terms = len(jtu.tree_leaves(terms, is_leaf=is_single_term))
         self._fields: list[tuple[int, str, RecordedField]] = []
-        # For each term and evaluation in a step, that in a step back.
-        self._plan: list[list[int | None]] = []
+        # For each evaluation in a step, that in undoing it; and that in undoing the
+        # step that comes next.
+        self._plan: _Plan = []
+        self._next_plan: _Plan = []
 
     @classmethod
     def of(
@@ -118,24 +127,70 @@ class SharedEvaluations:
     ) -> "SharedEvaluations | None":
         """`None` if there is nothing to be shared."""
         declared = reversal.shared_evaluations
-        if declared is None:
+        if not declared:
             return None
         shared = cls(reversal, prepare, terms)
         made, undone = shared._listen(terms, step, y, args, solver_state)
-        plan_of_term = ft.partial(_plan, type(reversal.solver).__name__, declared)
-        shared._plan = list(map(plan_of_term, made, undone))
-        is_shared = any(k is not None for ks in shared._plan for k in ks)
-        return shared if is_shared else None
+        name = type(reversal.solver).__name__
+        plans: dict[str, _Plan] = {}
+        for attribute, indices in declared.items():
+            says = f"`{name}.{attribute}` is {indices}"
+            of_terms = _by_term(says, indices, terms)
+            plan_of_term = ft.partial(_plan, name, says)
+            plans[attribute] = list(map(plan_of_term, of_terms, made, undone))
+        none: _Plan = [[None] * len(of_term) for of_term in made]
+        shared._plan = plans.get("shared_evaluations", none)
+        shared._next_plan = plans.get("carried_evaluations", none)
+        all_ = it.chain(*shared._plan, *shared._next_plan)
+        return None if all(k is None for k in all_) else shared
+
+    def start(
+        self, terms: PyTree[AbstractTerm], step: Step, y1: Y, args: Args, hint: PyTree
+    ) -> Records:
+        """What would have been evaluated in undoing the step that comes next. (For
+        which the step is made once, from where undoing it leads.)"""
+        carried: Records = [[None] * len(ks) for ks in self._next_plan]
+
+        def handle(call):
+            if self._next_plan[call.term][call.number] is None:
+                return call.evaluate()
+            out, evaluation = self._field(call).record(call)
+            carried[call.term][call.number] = evaluation
+            return out
+
+        terms = self._prepare(terms, step, y1)
+        y0, solver_state0 = self._reversal.step_back(terms, step, y1, args, hint)
+        no_output = jnp.array(False)
+        self._reversal.step(
+            _watch(terms, handle), step, y0, args, solver_state0, no_output
+        )
+        return carried
 
     def record_back(
-        self, terms: PyTree[AbstractTerm], step: Step, y1: Y, args: Args, hint: PyTree
-    ) -> tuple[Y, PyTree, Records]:
-        """Undoes a step. Returns `(y0, solver_state)`, and what was evaluated."""
+        self,
+        terms: PyTree[AbstractTerm],
+        step: Step,
+        y1: Y,
+        args: Args,
+        hint: PyTree,
+        carried: Records,
+        has_carried: BoolScalarLike,
+    ) -> tuple[Y, PyTree, Records, Records]:
+        """Undoes a step. `carried` is what was evaluated in undoing the step that comes
+        next, if `has_carried`. Returns `(y0, solver_state)`; what was evaluated for
+        this step; and for the one before."""
+        if jtu.tree_leaves(carried):
+            carried = lax.cond(
+                eqxi.unvmap_all(has_carried),
+                lambda: carried,
+                lambda: self.start(terms, step, y1, args, hint),
+            )
         found: list[dict[int | None, Evaluation | None]]
         found = [{None: None} for _ in self._plan]
 
         def handle(call):
-            if call.number not in self._plan[call.term]:
+            plans = self._plan[call.term], self._next_plan[call.term]
+            if not any(call.number in plan for plan in plans):
                 return call.evaluate()
             out, evaluation = self._field(call).record(call)
             found[call.term][call.number] = evaluation
@@ -145,8 +200,15 @@ class SharedEvaluations:
         y0, solver_state0 = self._reversal.step_back(
             _watch(terms, handle), step, y1, args, hint
         )
-        records = [[of_term[k] for k in ks] for of_term, ks in zip(found, self._plan)]
-        return y0, solver_state0, records
+        own, carried0 = (
+            [[of_term[k] for k in ks] for of_term, ks in zip(found, plan)]
+            for plan in (self._plan, self._next_plan)
+        )
+        records = [
+            [b if a is None else a for a, b in zip(*of_term)]
+            for of_term in zip(own, carried)
+        ]
+        return y0, solver_state0, records, carried0
 
     def recall(
         self,
@@ -219,8 +281,24 @@ class SharedEvaluations:
         return made, undone
 
 
+def _by_term(
+    says: str, declared: SharedIndices, terms: PyTree[AbstractTerm]
+) -> list[Any]:
+    """What is declared of each single term."""
+    leaves = ft.partial(jtu.tree_leaves, is_leaf=is_single_term)
+    if not any(isinstance(x, tuple) for x in declared):
+        return [declared] * len(leaves(terms))
+    if not isinstance(terms, tuple) or len(terms) != len(declared):
+        raise ValueError(
+            f"{says}, which is for a tuple of {len(declared)} terms, but the terms are "
+            f"{eqx.tree_pformat(terms)}."
+        )
+    return [of for of, term in zip(declared, terms) for _ in leaves(term)]
+
+
 def _plan(
     name: str,
+    says: str,
     declared: tuple[int | None, ...],
     made: list[_Heard],
     undone: list[_Heard],
@@ -228,7 +306,7 @@ def _plan(
     """Which evaluations of a term to share."""
     if len(made) == len(undone) == 0:
         return []
-    says = f"`{name}.shared_evaluations` is {declared}, but "
+    says = f"{says}, but "
     elsewhere = (
         "of a term (without those inside of `jax.lax.cond`, `jax.jit` and the like, "
         "which cannot be shared)."

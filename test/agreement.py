@@ -40,9 +40,22 @@ ts = jnp.array([t0, t0, 0.7, 0.71, 0.75, 0.75, 2.0, 2.449, t1])
 
 
 SOLVERS: dict[str, diffrax.AbstractSolver] = {
-    "SemiImplicitEuler": diffrax.SemiImplicitEuler(),
+    **{
+        type(solver).__name__: solver
+        for solver in (
+            diffrax.SemiImplicitEuler(),
+            diffrax.PositionVerlet(),
+            diffrax.VelocityVerlet(),
+            diffrax.Ruth3(),
+            diffrax.ForestRuth(),
+        )
+    },
+    "HalfSolver(VelocityVerlet)": diffrax.HalfSolver(diffrax.VelocityVerlet()),
     "LeapfrogMidpoint": diffrax.LeapfrogMidpoint(),
+    "AsynchronousLeapfrog": diffrax.AsynchronousLeapfrog(),
     "ReversibleHeun": diffrax.ReversibleHeun(),
+    "ImplicitMidpoint": diffrax.ImplicitMidpoint(),
+    "GaussLegendre4": diffrax.GaussLegendre4(),
     "HalfSolver(ReversibleHeun)": diffrax.HalfSolver(diffrax.ReversibleHeun()),
     **{
         f"UReversible({type(solver).__name__})": diffrax.UReversible(solver)
@@ -65,6 +78,8 @@ SOLVERS: dict[str, diffrax.AbstractSolver] = {
             diffrax.Tsit5(),
             diffrax.Dopri5(),
             diffrax.Dopri8(),
+            diffrax.EES25(),
+            diffrax.EES27(),
         )
     },
     "HalfSolver(Bosh3)": diffrax.HalfSolver(diffrax.Bosh3()),
@@ -87,7 +102,7 @@ def _drift(t, y, args):
 
 
 def _other_drift(t, y, args):
-    # The other half of the pair that `SemiImplicitEuler` solves.
+    # The other half of the pair that some solvers take.
     return args["a"].T @ jnp.cos(y) - args["b"] * jnp.cos(2 * t).astype(y.dtype)
 
 
@@ -107,6 +122,10 @@ def make_params(dtype: Any = jnp.float64) -> PyTree[Array]:
     return dict(a=a / 2, b=b[0], y0=y0[0])
 
 
+def _takes_pair(solver: diffrax.AbstractSolver) -> bool:
+    return isinstance(solver.term_structure, tuple)
+
+
 @dataclasses.dataclass(frozen=True)
 class Solve:
     """Calls `diffeqsolve` on the problem, for a solver, an adjoint, and parameters.
@@ -118,7 +137,7 @@ class Solve:
 
     @property
     def is_pair(self) -> bool:
-        return isinstance(self.solver, diffrax.SemiImplicitEuler)
+        return _takes_pair(self.solver)
 
     def y0(self, y0: PyTree[Array]) -> PyTree[Array]:
         if self.is_pair:
@@ -162,10 +181,12 @@ class Case:
     run: Callable[[Solve], PyTree[Array]]
     # A step size controller needs an error estimate.
     is_adaptive: bool = False
-    # Terms other than those that `SemiImplicitEuler` takes.
+    # Other terms than a pair of them.
     single_term: bool = False
     # The method has to be of the Stratonovich kind, or the noise additive.
     is_sde: bool = False
+    # Implicit methods differentiate the vector field in forward mode.
+    is_explicit: bool = False
     # Of the value as well: two programs need not round alike.
     tolerance: float = 1e-10
     dtype: Any = jnp.float64
@@ -178,7 +199,9 @@ class Case:
 
     def suits(self, solver: diffrax.AbstractSolver) -> bool:
         unwrapped = getattr(solver, "solver", solver)
-        if isinstance(solver, diffrax.SemiImplicitEuler) and self.single_term:
+        if self.single_term and _takes_pair(solver):
+            return False
+        if self.is_explicit and isinstance(unwrapped, diffrax.AbstractImplicitSolver):
             return False
         if self.is_adaptive and not isinstance(solver, diffrax.AbstractAdaptiveSolver):
             return False
@@ -642,6 +665,7 @@ def _checkpoint(solve):
 @_case(
     "a solve in the vector field of another",
     single_term=True,
+    is_explicit=True,
     is_quick=False,
 )
 def _nested_solve(solve):

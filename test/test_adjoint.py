@@ -534,3 +534,11 @@ def test_citation(capsys):
     for wrapper in (diffrax.UReversible, diffrax.FixedPointReversible):
         diffrax.citation(solver=wrapper(diffrax.Tsit5()))
         assert "tsitouras2011runge" in capsys.readouterr().out
+    for solver, key in (
+        (diffrax.AsynchronousLeapfrog(), "zhuang2021mali"),
+        (diffrax.EES25(), "shmelev2025explicit"),
+        (diffrax.GaussLegendre4(), "hairer2006geometric"),
+        (diffrax.UReversible(diffrax.EES27()), "shmelev2025explicit"),
+    ):
+        diffrax.citation(solver=solver)
+        assert key in capsys.readouterr().out

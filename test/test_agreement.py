@@ -17,8 +17,14 @@ from .agreement import CASES, compare, pairs, SOLVERS
 # turns; and one case with every other solver, but for those that differ from others
 # only by their tableau.
 _like_others = {
+    "Ruth3",
+    "ForestRuth",
+    "HalfSolver(VelocityVerlet)",
     "Dopri5",
     "Dopri8",
+    "EES25",
+    "EES27",
+    "GaussLegendre4",
     "UReversible(Midpoint)",
     "UReversible(Ralston)",
     "UReversible(Bosh3)",
@@ -29,6 +35,7 @@ _with_every_solver = "save t0+ts+t1, max_steps reached"
 _quick_to_compile = (
     "SemiImplicitEuler",
     "LeapfrogMidpoint",
+    "AsynchronousLeapfrog",
     "ReversibleHeun",
     "Heun",
     "UReversible(Euler)",

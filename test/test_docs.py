@@ -232,7 +232,11 @@ def test_command_is_known(line):
             assert arguments[1] in _modules
         elif program == "python":
             assert (root / arguments[0]).is_file()
-            text = (root / arguments[0]).read_text()
+            script = root / arguments[0]
+            text = script.read_text()
+            for module in re.findall(r"^from (_\w+) import", text, re.MULTILINE):
+                path = script.parent / f"{module}.py"
+                text += path.read_text() if path.is_file() else ""
             options = [a for a in arguments[1:] if a.startswith("--")]
             assert all(f'"{option}"' in text for option in options)
         elif program == "pip":

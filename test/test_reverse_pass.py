@@ -387,7 +387,7 @@ def _count(adjoint, solver, num_steps, t1, scale):
     def solve(args):
         terms = diffrax.ODETerm(lambda t, y, args: field(y, args))
         y0 = jnp.array([1.0, 2.0])
-        if isinstance(solver, diffrax.SemiImplicitEuler):
+        if isinstance(solver.term_structure, tuple):
             terms, y0 = (terms, terms), (y0, y0)
         sol = diffrax.diffeqsolve(
             terms,
@@ -460,7 +460,12 @@ def test_least_cost(solver, num_stages, checkpoints, certificate):
             diffrax.UReversible(diffrax.Tsit5()), 12, "cheap", marks=pytest.mark.slow
         ),
         (diffrax.SemiImplicitEuler(), 2, "cheap"),
+        (diffrax.PositionVerlet(), 3, "cheap"),
+        pytest.param(diffrax.ForestRuth(), 7, "cheap", marks=pytest.mark.slow),
         pytest.param(diffrax.LeapfrogMidpoint(), 1, "cheap", marks=pytest.mark.slow),
+        pytest.param(
+            diffrax.AsynchronousLeapfrog(), 1, "cheap", marks=pytest.mark.slow
+        ),
     ),
 )
 def test_least_cost_in_closed_form(solver, num_evaluations, certificate):
@@ -610,6 +615,35 @@ def test_cost_of_what_is_shared(solver, primal, linearised):
     assert counts == [2 * n + primal * (n - 1), linearised * n, linearised * n]
 
 
+@pytest.mark.parametrize("carried", (True, False))
+def test_cost_of_what_is_carried(carried):
+    solver = diffrax.ReversibleHeun()
+    if not carried:
+        # Nobody has said so of this method.
+        class Overridden(diffrax.ReversibleHeun):
+            def backward_step(self, *args, **kwargs) -> Any:
+                return super().backward_step(*args, **kwargs)
+
+        solver = Overridden()
+    n = 20
+    adjoint = diffrax.ReversibleAdjoint(checkpoints=0, certificate="cheap")
+    primal, linearised, transposed = _count(adjoint, solver, n, 1e-3, 1.0)
+    # To start carrying, a step is undone and made. The first step is from a known
+    # state. And there is the solver state at the start of the solve.
+    assert primal == n + (1 if carried else n - 1)
+    assert linearised == (1 + (n - 1) if carried else n - 1) + 1 + 1
+    assert transposed == n + 1
+
+
+def test_cost_of_what_is_carried_of_one_term():
+    # To start carrying, a step is undone and made, of which one evaluation is recorded.
+    # And there is the solver state at the start of the solve, of the second term alone.
+    n = 20
+    adjoint = diffrax.ReversibleAdjoint(checkpoints=0, certificate="cheap")
+    counts = list(_count(adjoint, diffrax.VelocityVerlet(), n, 1e-3, 1.0))
+    assert counts == [2 * n + 3, 2 * n + 1 + 1, 2 * n + 1]
+
+
 def _gradient_of_shared(solver, adjoint):
     def loss(args):
         sol = diffrax.diffeqsolve(
@@ -647,6 +681,8 @@ def test_shared_by_mistake():
         ((0, 2), "`backward_step(...)` makes 2 evaluations"),
         ((0, 0.5), "must be a tuple of integers and `None`"),
         ([0, 1], "must be a tuple of integers and `None`"),
+        ((0, (1,)), "must be a tuple of integers and `None`"),
+        (((0,), (1,)), "is for a tuple of 2 terms"),
     ),
 )
 def test_shared_evaluations_are_checked(shared, match):

@@ -21,6 +21,8 @@ _general = (
     (diffrax.Heun(), _W),
     (diffrax.Midpoint(), _W),
     (diffrax.Ralston(), _W),
+    (diffrax.EES25(), _W),
+    (diffrax.EES27(), _W),
     (diffrax.EulerHeun(), _W),
     (diffrax.ItoMilstein(), _W),
     (diffrax.StratonovichMilstein(), _W),
@@ -28,6 +30,9 @@ _general = (
     (diffrax.SPaRK(), _H),
     (diffrax.GeneralShARK(), _H),
     (diffrax.ReversibleHeun(), _W),
+    (diffrax.AsynchronousLeapfrog(), _W),
+    (diffrax.ImplicitMidpoint(), _W),
+    (diffrax.GaussLegendre4(), _W),
     (diffrax.UReversible(diffrax.Heun()), _W),
     (diffrax.HalfSolver(diffrax.EulerHeun()), _W),
 )

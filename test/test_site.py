@@ -124,10 +124,13 @@ def test_site_mathematics(site):
     assert with_mathematics >= 10
 
 
+_marks = "table", "paper"
+
+
 def test_site_tables(site):
     """What was measured stands in the place of each of their marks."""
     pages = [page.read_text() for page in site.rglob("*.html")]
-    assert not any("<!-- table:" in page for page in pages)
+    assert not any(f"<!-- {mark}:" in page for page in pages for mark in _marks)
     features = (site / "features" / "index.html").read_text()
     assert features.count("✓") > 50
 

@@ -1,5 +1,5 @@
 import abc
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 from jaxtyping import PyTree
 
@@ -20,6 +20,10 @@ from ._upstream_base import (
     HalfSolver as HalfSolver,
     vector_tree_dot as vector_tree_dot,
 )
+
+
+# Of all terms, or of each one of a tuple.
+SharedIndices: TypeAlias = tuple[int | None, ...] | tuple[tuple[int | None, ...], ...]
 
 
 class AbstractReversibleSolver(AbstractSolver[_SolverState]):
@@ -62,12 +66,19 @@ class AbstractReversibleSolver(AbstractSolver[_SolverState]):
     when going back. It is a tuple with one entry for each evaluation in `step`, in
     order: the number, counted from 0, of the evaluation in `backward_step` that is at
     the same `t` and `y`, with the same control if there is one; or `None` if there is
-    no such evaluation. If there are several terms then this holds for each of them. The
-    default is `None`: nothing is shared.
+    no such evaluation. If there are several terms then this holds for each of them; or,
+    if `terms` is a tuple, it is a tuple of such tuples, one for each term. The default
+    is `None`: nothing is shared.
+
+    The class attribute `carried_evaluations` says likewise, for each evaluation in
+    `step`, which evaluation is at the same point in the `backward_step` of the step
+    that comes *next* (unless that starts with a jump): of a solver, say, that keeps in
+    its state the vector field with which a step ended, for the next one to start with.
     """
 
     # Documented above.
-    shared_evaluations: ClassVar[tuple[int | None, ...] | None] = None
+    shared_evaluations: ClassVar[SharedIndices | None] = None
+    carried_evaluations: ClassVar[SharedIndices | None] = None
     is_bit_exact: ClassVar[bool] = False
 
     @abc.abstractmethod

@@ -53,6 +53,9 @@ class ReversibleHeun(_ReversibleHeun, AbstractReversibleSolver):
         ```
     """
 
+    # A step ends with the vector field that the next one starts with.
+    carried_evaluations = (0,)
+
     def backward_step(
         self,
         terms: AbstractTerm,

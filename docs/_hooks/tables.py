@@ -297,6 +297,43 @@ def _least() -> str:
     return _table(head, cells)
 
 
+def _counts(row: dict[str, Any]) -> str:
+    return " / ".join(f"{x:.3g}" for x in (row["evaluations"] or {}).values())
+
+
+def _interval(x: float | None) -> str:
+    if x is None:
+        return ""
+    if x < 1e-4:
+        return "0"
+    # As far as was looked.
+    return "all" if x >= 20 else f"{x:.3g}"
+
+
+def _solvers() -> str:
+    problems = "pendulum", "Kepler", "Henon-Heiles"
+    cells = []
+    for row in _read("solvers"):
+        line = [_code(row["solver"]), str(row["claimed"]), f"{row['order']:.1f}"]
+        line += [_counts(row), _interval(row["real"]), _interval(row["imaginary"])]
+        line += [f"{row['missed']:.0e}", f"{row['gradient']:.0e}"]
+        for problem in problems:
+            of = row[problem]
+            if "seconds" not in of:
+                line.append("–")
+                continue
+            ratio = of["seconds"] / of["stock_seconds"]
+            line.append(f"{ratio:.2g} ({of['steps']:,})")
+        cells.append(line)
+    head = ["Solver", "Order", "Measured", "Evaluations", "Real", "Imaginary"]
+    head += ["Going back", "Gradient", "Pendulum", "Kepler", "Hénon–Heiles"]
+    return _table(head, cells)
+
+
+def _solvers_machine() -> str:
+    return _machine("solvers")
+
+
 def _corrections() -> str:
     rows = _read("corrections")
     ways = [x for x, of in rows[0].items() if isinstance(of, dict)]
@@ -341,6 +378,8 @@ tables = {
     "ratios": _ratios,
     "least": _least,
     "corrections": _corrections,
+    "solvers": _solvers,
+    "solvers machine": _solvers_machine,
     "peers": _peers,
     "peers machine": _peers_machine,
 }
