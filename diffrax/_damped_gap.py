@@ -1,5 +1,5 @@
-"""Multiplying the difference of two points of a lattice by a factor below one, such that
-this can be undone to the last bit.
+"""Multiplying the difference of two points of a lattice by a factor below one, such
+that this can be undone to the last bit.
 
 The factor is `n / d`, with `d` a power of two and `n = d - 1`. Multiplying by `n` and
 dividing by `d` forgets a digit to base `d`, and makes one to base `n` up: so the one
@@ -12,14 +12,15 @@ that it is by less than one spacing that the digit which is made up changes it.
 """
 
 import functools as ft
+import math
 from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
+from equinox.internal import ω
 from jaxtyping import Array, Int, PyTree, UInt
 
-from ._custom_types import BoolScalarLike
 from ._lattice import Part
 
 
@@ -31,9 +32,9 @@ class Stack(eqx.Module):
     - `rows`: what is below that.
     """
 
-    fraction: UInt[Array, "*shape"]
-    top: UInt[Array, "*shape"]
-    rows: UInt[Array, "rows *shape"]
+    fraction: UInt[Array, "..."]
+    top: UInt[Array, "..."]
+    rows: UInt[Array, "rows ..."]
 
 
 class Stacks(eqx.Module):
@@ -49,11 +50,19 @@ class Damping(NamedTuple):
     power: int
     max_steps: int
 
+    @classmethod
+    def nearest(cls, factor: float, max_steps: int) -> "Damping":
+        """The one of those factors that is nearest to `factor`, in its logarithm."""
+        return cls(max(round(-math.log2(1 - factor)), 1), max_steps)
+
     @property
     def factor(self) -> float:
         return 1 - 2.0**-self.power
 
-    def start(self, counts: PyTree[Array]) -> Stacks:
+    def start(self, counts: PyTree[Array]) -> Stacks | None:
+        """`None` if there is nothing to be damped."""
+        if len(jtu.tree_leaves(counts)) == 0:
+            return None
         return Stacks(
             num_steps=jnp.array(0, jnp.int32),
             leaves=[self._start(n) for n in jtu.tree_leaves(counts)],
@@ -61,40 +70,52 @@ class Damping(NamedTuple):
 
     def _start(self, count: Array) -> Stack:
         num_bits = count.dtype.itemsize * 8
+        if self.power > max_power(num_bits):
+            raise ValueError(
+                f"Cannot use `BitExact(solver)` with {num_bits}-bit precision and a "
+                f"damping by {self.factor} per step: the factor nearest to one is "
+                f"{1 - 2.0 ** -max_power(num_bits)}. Consider a solver without damping."
+            )
         num_rows = self.max_steps // period(num_bits, self.power)
         zeros = jnp.zeros(count.shape, f"uint{num_bits}")
         rows = jnp.zeros((num_rows, *count.shape), f"uint{num_bits // 2}")
         return Stack(zeros, zeros, rows)
 
-    def damp(self, part: Part, other: Part, stacks: Stacks | None) -> tuple[Part, Stacks | None]:
-        """`part` nearer to `other`."""
-        return self._both(self._damp, part, other, stacks, 1)
+    def damp(
+        self, part: Part, other: Part, stacks: Stacks | None
+    ) -> tuple[Part, Stacks | None]:
+        """`part` nearer to `other`. NaN if their difference, or what was forgotten, is
+        more than there is room for."""
+        if stacks is None:
+            return part, None
+        is_good = stacks.num_steps < self.max_steps
+        for gap in jtu.tree_leaves(_gaps(part, other)):
+            limit = 2 ** (gap.dtype.itemsize * 8 - 2 - self.power)
+            is_good &= jnp.all((gap <= limit) & (gap >= -limit))
+        part, stacks = self._both(self._damp, part, other, stacks, 1)
+        return part.nan_unless(is_good), stacks
 
-    def undo(self, part: Part, other: Part, stacks: Stacks | None) -> tuple[Part, Stacks | None]:
+    def undo(
+        self, part: Part, other: Part, stacks: Stacks | None
+    ) -> tuple[Part, Stacks | None]:
+        if stacks is None:
+            return part, None
         return self._both(self._undo, part, other, stacks, -1)
 
     def _both(
-        self, fn: Any, part: Part, other: Part, stacks: Stacks | None, sign: int
-    ) -> tuple[Part, Stacks | None]:
-        if stacks is None:  # There is nothing to be damped.
-            return part, None
-        counts, treedef = jtu.tree_flatten(part.count)
-        others = jtu.tree_leaves(other.count)
+        self, fn: Any, part: Part, other: Part, stacks: Stacks, sign: int
+    ) -> tuple[Part, Stacks]:
+        gaps, treedef = jtu.tree_flatten(_gaps(part, other))
         num_steps = stacks.num_steps + sign
         # The number of this step, be it made or undone.
         index = jnp.maximum(stacks.num_steps, num_steps)
-        out = [
-            fn(index, gap, stack)
-            for gap, stack in zip(
-                [n - m for n, m in zip(counts, others)], stacks.leaves, strict=True
-            )
-        ]
-        counts = [gap + m for (gap, _), m in zip(out, others)]
+        out = [fn(index, *x) for x in zip(gaps, stacks.leaves, strict=True)]
+        gaps = jtu.tree_unflatten(treedef, [gap for gap, _ in out])
         factor = self.factor if sign > 0 else 1 / self.factor
         smooth = jtu.tree_map(
             lambda x, z: z + factor * (x - z), part.value, other.value
         )
-        part = part.of(jtu.tree_unflatten(treedef, counts), smooth)
+        part = part.of((gaps**ω + other.count**ω).ω, smooth)
         return part, Stacks(num_steps, [stack for _, stack in out])
 
     def _damp(self, index: Array, gap: Array, stack: Stack) -> tuple[Array, Stack]:
@@ -145,16 +166,9 @@ class Damping(NamedTuple):
         row = jnp.where(is_time, index // every - 1, rows.shape[0])
         return is_time, row, jnp.array(num_bits // 2, top.dtype)
 
-    def is_full(self, part: Part, other: Part, stacks: Stacks | None) -> BoolScalarLike:
-        """Whether the difference, or what was forgotten, is more than there is room
-        for."""
-        if stacks is None:
-            return False
-        full = stacks.num_steps > self.max_steps
-        for n, m in zip(*map(jtu.tree_leaves, (part.count, other.count))):
-            limit = 2 ** (n.dtype.itemsize * 8 - 2 - self.power)
-            full |= jnp.any(jnp.abs(n - m) > limit)
-        return full
+
+def _gaps(part: Part, other: Part) -> PyTree[Array]:
+    return (part.count**ω - other.count**ω).ω
 
 
 def _divmod(x: Array, n: int) -> tuple[Array, Array]:
@@ -164,7 +178,8 @@ def _divmod(x: Array, n: int) -> tuple[Array, Array]:
 
 
 def max_power(num_bits: int) -> int:
-    """The largest one for which there is room."""
+    """The largest one for which there is room: then a difference may be of half the
+    bits."""
     return num_bits // 2 - 2
 
 

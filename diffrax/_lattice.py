@@ -8,7 +8,10 @@ import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+from equinox.internal import ω
 from jaxtyping import Array, Bool, PyTree
+
+from ._custom_types import BoolScalarLike
 
 
 # How far from where it started a coordinate may be, as a power of two of spacings. Four
@@ -54,22 +57,35 @@ class Part(eqx.Module):
     def move(self, increment: PyTree[Array], sign: int) -> "Part":
         """With `sign` times `increment` added, which is rounded to the lattice. NaN if
         that is too large or no number."""
-        rounded = map(
-            _round, jtu.tree_leaves(increment), jtu.tree_leaves(self.count), self.spacing
-        )
-        steps, is_good = zip(*rounded) if len(self.spacing) > 0 else ((), ())
-        treedef = jtu.tree_structure(self.value)
-        steps = jtu.tree_unflatten(treedef, steps)
-        is_good = jtu.tree_unflatten(treedef, is_good)
+        steps, is_good = self._round(increment)
         add = lambda a, b: a + b if sign > 0 else a - b
         moved = self.of(
             jtu.tree_map(add, self.count, steps),
             jtu.tree_map(add, self.value, increment),
         )
-        value = jtu.tree_map(
-            lambda ok, x: jnp.where(ok, x, jnp.nan), is_good, moved.value
-        )
-        return eqx.tree_at(lambda p: p.value, moved, value)
+        return moved.nan_unless(is_good)
+
+    def nearest(self, value: PyTree[Array]) -> "Part":
+        """`value`, rounded to the lattice. NaN likewise."""
+        start = jtu.tree_map(_from_bits, self.start, value)
+        count, is_good = self._round((value**ω - start**ω).ω)
+        return self.of(count, value).nan_unless(is_good)
+
+    def nan_unless(self, is_good: BoolScalarLike) -> "Part":
+        value = jtu.tree_map(lambda x: jnp.where(is_good, x, jnp.nan), self.value)
+        return Part(value, self.count, self.start, self.spacing)
+
+    def _round(self, x: PyTree[Array]) -> tuple[PyTree[Array], Bool[Array, ""]]:
+        """In spacings; and whether there is room for that."""
+        steps, is_good = [], jnp.array(True)
+        for leaf, spacing in zip(jtu.tree_leaves(x), self.spacing, strict=True):
+            leaf = _stack(lax.stop_gradient(leaf))
+            scaled = jnp.round(leaf / spacing)
+            # Not for NaN, either.
+            is_small = jnp.abs(scaled) <= 2 ** _max_power[num_bits(leaf)]
+            is_good &= jnp.all(is_small)
+            steps.append(jnp.where(is_small, scaled, 0).astype(_int_like(leaf)))
+        return jtu.tree_unflatten(jtu.tree_structure(x), steps), is_good
 
     def is_outside(self) -> Bool[Array, ""]:
         """Whether any of it is farther from where it started than there is room for, or
@@ -103,9 +119,18 @@ def _unstack(x: Array, like: Array) -> Array:
     return lax.complex(x[0], x[1]) if jnp.iscomplexobj(like) else x
 
 
+def _int_like(x: Array) -> Any:
+    return jnp.dtype(f"int{num_bits(x)}")
+
+
 def _to_bits(x: Array) -> Array:
     x = lax.stop_gradient(_stack(x))
-    return lax.bitcast_convert_type(x, jnp.dtype(f"int{num_bits(x)}"))
+    return lax.bitcast_convert_type(x, _int_like(x))
+
+
+def _from_bits(bits: Array, like: Array) -> Array:
+    x = lax.bitcast_convert_type(bits, jnp.finfo(like.dtype).dtype)
+    return _unstack(x, like)
 
 
 def _to_value(count: Array, start: Array, like: Array, spacing: float) -> Array:
@@ -113,18 +138,6 @@ def _to_value(count: Array, start: Array, like: Array, spacing: float) -> Array:
     value = start + spacing * count.astype(start.dtype)
     # Adding zero loses the sign of zero.
     return _unstack(jnp.where(count == 0, start, value), like)
-
-
-def _round(x: Array, count: Array, spacing: float) -> tuple[Array, Array]:
-    """In spacings; and whether there is room for that."""
-    x = lax.stop_gradient(x)
-    scaled = jnp.round(_stack(x) / spacing)
-    # Not for NaN, either.
-    is_good = jnp.abs(scaled) <= 2 ** _max_power[num_bits(x)]
-    steps = jnp.where(is_good, scaled, 0).astype(count.dtype)
-    if jnp.iscomplexobj(x):
-        is_good = is_good[0] & is_good[1]
-    return steps, is_good
 
 
 @jax.custom_jvp

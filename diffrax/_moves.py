@@ -81,14 +81,15 @@ class Kick(NamedTuple):
 
 
 class Mix(NamedTuple):
-    """Takes integer combinations of all parts. `matrix` is its own inverse, and its rows
-    add up to one."""
+    """Takes integer combinations of all parts, which must start at the same point.
+    `matrix` is its own inverse, and each of its rows adds up to one."""
 
     matrix: tuple[tuple[int, ...], ...]
 
     def make(self, same_bits: SameBits, point: Point) -> tuple[Point, None]:
         del same_bits
-        counts = [self._combine(row, [p.count for p in point.parts]) for row in self.matrix]
+        counts = [part.count for part in point.parts]
+        counts = [self._combine(row, counts) for row in self.matrix]
         values = [self._combine(row, point.values) for row in self.matrix]
         parts = map(Part.of, point.parts, counts, values)
         return point._replace(parts=tuple(parts)), None
@@ -107,9 +108,11 @@ class Damp(NamedTuple):
     damping: Damping
 
     def make(self, same_bits: SameBits, point: Point) -> tuple[Point, None]:
+        del same_bits
         return self._move(self.damping.damp, point), None
 
     def undo(self, same_bits: SameBits, point: Point) -> tuple[Point, None]:
+        del same_bits
         return self._move(self.damping.undo, point), None
 
     @staticmethod
@@ -119,7 +122,42 @@ class Damp(NamedTuple):
         return Point((part, other), point.carry, stacks)
 
 
-Move = Kick | Mix | Damp
+class Reflect(NamedTuple):
+    """Takes part `to` to the other side of `evaluate(values)`, which must not depend on
+    it, if `is_reflection`; and then draws it nearer to that, if there is `damping`."""
+
+    to: int
+    evaluate: Callable[[tuple[PyTree, ...]], PyTree]
+    damping: Damping | None = None
+    is_reflection: bool = True
+
+    def make(self, same_bits: SameBits, point: Point) -> tuple[Point, None]:
+        part, stacks = point.parts[self.to], point.stacks
+        center = part.nearest(same_bits(self.evaluate, point.values))
+        if self.is_reflection:
+            part = self._reflect(part, center)
+        if self.damping is not None:
+            part, stacks = self.damping.damp(part, center, stacks)
+        return point.set(self.to, part)._replace(stacks=stacks), None
+
+    def undo(self, same_bits: SameBits, point: Point) -> tuple[Point, None]:
+        part, stacks = point.parts[self.to], point.stacks
+        center = part.nearest(same_bits(self.evaluate, point.values))
+        if self.damping is not None:
+            part, stacks = self.damping.undo(part, center, stacks)
+        if self.is_reflection:
+            part = self._reflect(part, center)
+        return point.set(self.to, part)._replace(stacks=stacks), None
+
+    @staticmethod
+    def _reflect(part: Part, center: Part) -> Part:
+        return part.of(
+            (2 * center.count**ω - part.count**ω).ω,
+            (2 * center.value**ω - part.value**ω).ω,
+        )
+
+
+Move = Kick | Mix | Damp | Reflect
 
 
 def make(

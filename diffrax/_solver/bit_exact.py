@@ -8,14 +8,13 @@ from jaxtyping import Array, PyTree
 
 from .._custom_types import Args, BoolScalarLike, DenseInfo, RealScalarLike, VF, Y
 from .._damped_gap import Stacks
-from .._fence import fence
 from .._heuristics import is_sde
 from .._lattice import Part, spacings
 from .._local_interpolation import AbstractLocalInterpolation
 from .._moves import make, Point, undo
-from .._same_bits import SameBits
 from .._solution import RESULTS
 from .._term import AbstractTerm
+from .asynchronous_leapfrog import AsynchronousLeapfrog
 from .base import (
     AbstractItoSolver,
     AbstractReversibleSolver,
@@ -23,19 +22,21 @@ from .base import (
     AbstractWrappedSolver,
 )
 from .euler import Euler
+from .exact_carrying import Asynchronous, Heun, Verlet
 from .exact_coupled import Coupled
-from .exact_steps import AbstractExactStep, Heun, Leapfrog, Made, Shears, Step
+from .exact_steps import AbstractExactStep, Leapfrog, Made, Shears, Step
 from .leapfrog_midpoint import LeapfrogMidpoint
 from .reversible import UReversible
 from .reversible_heun import ReversibleHeun
 from .runge_kutta import AbstractERK
+from .velocity_verlet import VelocityVerlet
 
 
 class _SolverState(eqx.Module):
     """All but `y` of a `Point`.
 
     - `counts`: of all parts.
-    - `starts`: those of the parts of `y`. Other parts start where the last of these do.
+    - `starts`: those of the parts of `y`; and of the others, unless they start there.
     - `others`: the values of the parts that are no part of `y`. `None` if there are
         none. (Not an empty tuple, in which `eqx.tree_at` sees a leaf.)
     - `carry`, `stacks`: as there.
@@ -78,6 +79,10 @@ class BitExact(AbstractReversibleSolver, AbstractWrappedSolver):
             return Leapfrog(solver)
         if type(solver) is ReversibleHeun:
             return Heun(solver)
+        if type(solver) is VelocityVerlet:
+            return Verlet(solver)
+        if type(solver) is AsynchronousLeapfrog:
+            return Asynchronous(solver, self.max_steps)
         if type(solver) is UReversible:
             return Coupled(solver, True, self.max_steps, self.size)
         if _has_shears(solver):
@@ -129,9 +134,10 @@ class BitExact(AbstractReversibleSolver, AbstractWrappedSolver):
         if is_sde(terms) and isinstance(self.solver, AbstractItoSolver):
             raise ValueError(
                 f"Cannot use `BitExact({type(self.solver).__name__}())` to solve an "
-                "SDE: only methods that converge to the Stratonovich solution can be "
-                "made reversible like this. Consider using `BitExact(Heun())`, together "
-                "with the Stratonovich form of the SDE."
+                "SDE: it converges to the Itô solution, and only methods that converge "
+                "to the Stratonovich solution can be made reversible like this. "
+                "Consider using `BitExact(ReversibleHeun())`, together with the "
+                "Stratonovich form of the SDE."
             )
         for x in jtu.tree_leaves(y0):
             if jnp.finfo(x.dtype).bits not in (32, 64):
@@ -140,18 +146,18 @@ class BitExact(AbstractReversibleSolver, AbstractWrappedSolver):
                     f"32 or 64 bits, but got {x.dtype}. Consider converting `y0`."
                 )
         steps = self._steps
-        others = steps.others(y0)
-        parts = [
-            Part.at(value, spacing)
-            for value, spacing in self._values_and_spacings(y0, others)
-        ]
+        others = steps.others(terms, t0, y0, args)
+        parts = [Part.at(*x) for x in self._values_and_spacings(y0, others)]
         counts = tuple(part.count for part in parts)
+        starts = tuple(part.start for part in parts)
+        if steps.others_start_at_y:
+            starts = starts[: len(parts) - len(others)]
         return _SolverState(
             counts=counts,
-            starts=tuple(part.start for part in parts[: len(parts) - len(others)]),
+            starts=starts,
             others=others or None,
             carry=steps.carry(terms, t0, y0, args),
-            stacks=steps.stacks(counts[0]),
+            stacks=steps.stacks(counts),
         )
 
     def step(
@@ -165,9 +171,8 @@ class BitExact(AbstractReversibleSolver, AbstractWrappedSolver):
         made_jump: BoolScalarLike,
     ) -> tuple[Y, Y | None, DenseInfo, _SolverState, RESULTS]:
         steps = self._steps
-        step = Step(fence(terms, y0), t0, t1, args, SameBits(t0))
-        start = self._point(y0, solver_state)
-        start = start._replace(carry=steps.across_jump(step, start, made_jump))
+        step = Step.of(terms, t0, t1, y0, args)
+        start = steps.across_jump(step, self._point(y0, solver_state), made_jump)
         end, kicks = make(steps.moves(step, start.carry), step.same_bits, start)
         end = end._replace(carry=steps.after(step, end.carry))
         made = Made(start, end, kicks)
@@ -198,7 +203,7 @@ class BitExact(AbstractReversibleSolver, AbstractWrappedSolver):
     ) -> tuple[Y, DenseInfo, _SolverState]:
         del made_jump
         steps = self._steps
-        step = Step(fence(terms, y1), t0, t1, args, SameBits(t0))
+        step = Step.of(terms, t0, t1, y1, args)
         end = self._point(y1, solver_state)
         start, kicks = undo(steps.moves(step, end.carry), step.same_bits, end)
         y0, solver_state0 = self._state(start, solver_state)
@@ -217,12 +222,11 @@ class BitExact(AbstractReversibleSolver, AbstractWrappedSolver):
         recorded: PyTree,
         made_jump: BoolScalarLike,
     ) -> _SolverState:
-        step = Step(fence(terms, y1), t1, t1, args, SameBits(t1))
+        step = Step.of(terms, t1, t1, y1, args)
         point = self._point(y1, solver_state)
-        carry = self._steps.before_jump(step, point, recorded, made_jump)
-        return eqx.tree_at(
-            lambda s: s.carry, solver_state, carry, is_leaf=lambda x: x is None
-        )
+        point = self._steps.before_jump(step, point, recorded, made_jump)
+        _, solver_state = self._state(point, solver_state)
+        return solver_state
 
     def func(
         self, terms: PyTree[AbstractTerm], t0: RealScalarLike, y0: Y, args: Args
@@ -230,35 +234,36 @@ class BitExact(AbstractReversibleSolver, AbstractWrappedSolver):
         return self.solver.func(terms, t0, y0, args)
 
     def _values_and_spacings(
-        self, y: Y, others: tuple[PyTree, ...]
+        self, y: Y, others: tuple[PyTree, ...] | None
     ) -> list[tuple[PyTree, tuple[float, ...]]]:
         """Of all parts."""
-        all_ = spacings(y, self.size)
+        of_y = left = spacings(y, self.size)
         out = []
-        left = all_
         for value in self._steps.split(y):
             num = len(jtu.tree_leaves(value))
             out.append((value, left[:num]))
             left = left[num:]
-        return [*out, *((value, all_) for value in others)]
+        return [*out, *((value, of_y) for value in others or ())]
 
     def _point(self, y: Y, state: _SolverState) -> Point:
         parts = []
-        for i, (value, spacing) in enumerate(self._values_and_spacings(y, state.others or ())):
+        for i, (value, spacing) in enumerate(
+            self._values_and_spacings(y, state.others)
+        ):
             start = state.starts[min(i, len(state.starts) - 1)]
             parts.append(Part(value, state.counts[i], start, spacing))
         return Point(tuple(parts), state.carry, state.stacks)
 
     def _state(self, point: Point, old: _SolverState) -> tuple[Y, _SolverState]:
-        num = len(old.starts)
+        num_others = len(old.others or ())
         state = _SolverState(
             counts=tuple(part.count for part in point.parts),
-            starts=old.starts,
-            others=point.values[num:] or None,
+            starts=tuple(part.start for part in point.parts[: len(old.starts)]),
+            others=point.values[len(point.values) - num_others :] or None,
             carry=point.carry,
             stacks=point.stacks,
         )
-        return self._steps.join(point.values[:num]), state
+        return self._steps.join(point.values), state
 
 
 def _has_shears(solver: Any) -> bool:

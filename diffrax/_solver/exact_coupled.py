@@ -1,11 +1,9 @@
-import math
-
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from equinox.internal import ω
 from jaxtyping import PyTree
 
-from .._damped_gap import Damping, max_power
+from .._damped_gap import Damping
 from .._lattice import full_size
 from .._moves import Damp, Kick, Point
 from .euler import Euler
@@ -29,37 +27,24 @@ class Coupled(AbstractExactStep):
     max_steps: int
     size: PyTree[float]
 
-    def others(self, y0):
+    def others(self, terms, t0, y0, args):
         return (y0,)
 
     @property
     def _damping(self) -> Damping:
-        power = round(-math.log2(1 - self.solver.coupling_parameter))
-        return Damping(max(power, 1), self.max_steps)
+        return Damping.nearest(float(self.solver.coupling_parameter), self.max_steps)
 
     def stacks(self, counts):
-        if not self.is_damped or len(jtu.tree_leaves(counts)) == 0:
-            return None
-        num_bits = min(8 * n.dtype.itemsize for n in jtu.tree_leaves(counts))
-        largest = max_power(num_bits)
-        if self._damping.power > largest:
-            raise ValueError(
-                f"Cannot use `BitExact(UReversible(solver, coupling_parameter="
-                f"{self.solver.coupling_parameter}))` with {num_bits}-bit precision: "
-                f"the largest possible value is {1 - 2.0**-largest}. With "
-                "`BitExact(solver)` it is one."
-            )
-        return self._damping.start(counts)
+        return self._damping.start(counts[0]) if self.is_damped else None
 
     def moves(self, step, carry):
+        del carry
         tableau = self.solver._tableau
-        control = step.control(step.terms)
+        control = step.terms.contr(step.t0, step.t1)
 
         def forward(values):
             _, z = values
-            return _stages(
-                tableau, step.terms, step.t0, step.t1, z, step.args, control
-            )
+            return _stages(tableau, step.terms, step.t0, step.t1, z, step.args, control)
 
         def backward(values):
             y, _ = values
@@ -104,7 +89,9 @@ class Coupled(AbstractExactStep):
         if not self.is_damped:
             return jtu.tree_map(jnp.abs, error)
         gaps = self._gap(made.start), self._gap(made.end)
-        infinite = jtu.tree_map(lambda x: jnp.array(jnp.inf, jnp.finfo(x.dtype).dtype), error)
+        infinite = jtu.tree_map(
+            lambda x: jnp.array(jnp.inf, jnp.finfo(x.dtype).dtype), error
+        )
         return jtu.tree_map(self.solver._error, error, *gaps, infinite)
 
     def has_failed(self, point):
@@ -113,6 +100,4 @@ class Coupled(AbstractExactStep):
         sizes = full_size(y, self.size)
         for x, gap, size in zip(*map(jtu.tree_leaves, (y, self._gap(point))), sizes):
             failed |= _norm(gap) > self.solver.max_gap * jnp.maximum(_norm(x), size)
-        if self.is_damped:
-            failed |= self._damping.is_full(*point.parts, point.stacks)
         return failed

@@ -1,44 +1,60 @@
-"""The steps of those solvers that `BitExact` takes, as moves."""
+"""The steps of those solvers that `BitExact` takes, as moves of points of a lattice."""
 
 import abc
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
-import equinox.internal as eqxi
-import jax.lax as lax
-import jax.numpy as jnp
-import jax.tree_util as jtu
-from equinox.internal import ω
 from jaxtyping import Array, PyTree
 
 from .._custom_types import Args, BoolScalarLike, DenseInfo, RealScalarLike, Y
 from .._damped_gap import Stacks
-from .._known_controls import has_no_controls
+from .._fence import fence
+from .._known_controls import has_no_controls, map_single_terms, TermWithControl
 from .._moves import Kick, Kicked, Mix, Move, Point
 from .._same_bits import SameBits
 from .base import AbstractSolver
-from .._term import AbstractTerm
+
+
+class _ExactControl(TermWithControl):
+    """A term, the control of which has the same bits whenever it is evaluated."""
+
+    same_bits: SameBits
+
+    def contr(self, t0, t1, **kwargs):
+        return self.same_bits(lambda: self.wrapped.contr(t0, t1, **kwargs))
 
 
 class Step(eqx.Module):
-    """What there is to a step besides `y`."""
+    """What there is to a step besides where it starts."""
 
-    terms: PyTree[AbstractTerm]
+    terms: Any
     t0: RealScalarLike
     t1: RealScalarLike
     args: Args
     same_bits: SameBits
 
-    def control(self, term: AbstractTerm, t0: RealScalarLike | None = None) -> Any:
-        t0 = self.t0 if t0 is None else t0
-        if has_no_controls(term):
-            return term.contr(t0, self.t1)
-        return self.same_bits(lambda: term.contr(t0, self.t1))
+    @classmethod
+    def of(
+        cls, terms: Any, t0: RealScalarLike, t1: RealScalarLike, y: Y, args: Args
+    ) -> "Step":
+        same_bits = SameBits(t0)
+
+        def exact(term):
+            # That of an `ODETerm` is a single subtraction.
+            return term if has_no_controls(term) else _ExactControl(term, same_bits)
+
+        # With the fence that going back would put there, if it were not there yet.
+        terms = map_single_terms(exact, fence(terms, y))
+        return cls(terms, t0, t1, args, same_bits)
+
+    @property
+    def middle(self) -> RealScalarLike:
+        return self.t0 + 0.5 * (self.t1 - self.t0)
 
 
 class Made(NamedTuple):
-    """A step that was made."""
+    """A step that was made, or undone."""
 
     start: Point
     end: Point
@@ -49,34 +65,40 @@ class AbstractExactStep(eqx.Module):
     """How `solver` makes a step."""
 
     solver: eqx.AbstractVar[AbstractSolver]
+    # Whether `y` is a tuple, each entry of which is moved by itself. (If so then there
+    # are no other parts.)
+    splits_y: ClassVar[bool] = False
+    # Whether those parts that are no part of `y` start where `y` does.
+    others_start_at_y: ClassVar[bool] = True
 
     def split(self, y: Y) -> tuple[PyTree, ...]:
-        """`y`, as parts of which each is moved as a whole."""
-        return (y,)
+        return tuple(y) if self.splits_y else (y,)
 
     def join(self, values: tuple[PyTree, ...]) -> Y:
         """`y`, from the values of all parts."""
-        return values[0]
+        return values if self.splits_y else values[0]
 
-    def others(self, y0: Y) -> tuple[PyTree, ...]:
+    def others(
+        self, terms: PyTree, t0: RealScalarLike, y0: Y, args: Args
+    ) -> tuple[PyTree, ...]:
         """The other parts, at the start of a solve."""
-        del y0
+        del terms, t0, y0, args
         return ()
 
     def carry(self, terms: PyTree, t0: RealScalarLike, y0: Y, args: Args) -> PyTree:
-        """What is carried along, at the start of a solve."""
+        """What else is carried along, at the start of a solve."""
         del terms, t0, y0, args
         return None
 
-    def stacks(self, counts: PyTree[Array]) -> Stacks | None:
-        """What is forgotten, at the start of a solve."""
+    def stacks(self, counts: Sequence[PyTree[Array]]) -> Stacks | None:
+        """What has been forgotten, at the start of a solve."""
         del counts
         return None
 
     @abc.abstractmethod
     def moves(self, step: Step, carry: PyTree) -> Sequence[Move]:
-        """All of a step. `carry` is that at its start, if it cannot be computed going
-        back."""
+        """All moves of a step. What of `carry` cannot be computed going back, is here
+        what it is at the start of the step."""
 
     def after(self, step: Step, carry: PyTree) -> PyTree:
         """`carry` after the moves of a step."""
@@ -88,20 +110,18 @@ class AbstractExactStep(eqx.Module):
         del carry
         return None
 
-    def across_jump(
-        self, step: Step, point: Point, made_jump: BoolScalarLike
-    ) -> PyTree:
-        """`point.carry`, where there may be a jump at `step.t0` ahead of the step."""
+    def across_jump(self, step: Step, point: Point, made_jump: BoolScalarLike) -> Point:
+        """Where to start a step from, if that may be across a jump."""
         del step, made_jump
-        return point.carry
+        return point
 
     def before_jump(
         self, step: Step, point: Point, recorded: PyTree, next_made_jump: BoolScalarLike
-    ) -> PyTree:
-        """`point.carry` at `step.t1`, from what undoing the step that came next left of
-        it, and from what was recorded."""
+    ) -> Point:
+        """Where a step ended, from where the one that came next started, which may have
+        been across a jump, and from what was recorded."""
         del step, recorded, next_made_jump
-        return point.carry
+        return point
 
     def dense_info(self, made: Made) -> DenseInfo:
         y0, y1 = (self.join(point.values) for point in (made.start, made.end))
@@ -118,15 +138,10 @@ class AbstractExactStep(eqx.Module):
 
 
 class Shears(AbstractExactStep):
-    """That of a solver which knows how: `AbstractReversibleSolver.shears`."""
+    """That of a solver which knows how: see `AbstractReversibleSolver.shears`."""
 
     solver: Any
-
-    def split(self, y):
-        return tuple(y)
-
-    def join(self, values):
-        return values
+    splits_y: ClassVar[bool] = True
 
     def moves(self, step, carry):
         shears = self.solver.shears(step.terms, step.t0, step.t1, step.args)
@@ -134,20 +149,19 @@ class Shears(AbstractExactStep):
 
 
 class Leapfrog(AbstractExactStep):
-    """The two steps of `LeapfrogMidpoint` take turns. The start of the one before is
-    carried along."""
+    """`LeapfrogMidpoint`, the two last points of which take turns. The time of the one
+    before is carried along."""
 
     solver: AbstractSolver
 
-    def others(self, y0):
+    def others(self, terms, t0, y0, args):
         return (y0,)
 
     def carry(self, terms, t0, y0, args):
-        del terms, y0, args
         return t0
 
     def moves(self, step, carry):
-        control = step.control(step.terms, carry)
+        control = step.terms.contr(carry, step.t1)
 
         def evaluate(values):
             y0, _ = values
@@ -162,61 +176,4 @@ class Leapfrog(AbstractExactStep):
         return carry
 
     def before_jump(self, step, point, recorded, next_made_jump):
-        return recorded
-
-
-class Heun(AbstractExactStep):
-    r"""`ReversibleHeun` is symmetric: half a kick, a reflection, and half a kick.
-
-        y <- y + f(t0, yhat) h / 2,   yhat <- 2 y - yhat,   y <- y + f(t1, yhat) h / 2
-    """
-
-    solver: AbstractSolver
-
-    def others(self, y0):
-        return (y0,)
-
-    def carry(self, terms, t0, y0, args):
-        return terms.vf(t0, y0, args)
-
-    def moves(self, step, carry):
-        control = step.control(step.terms)
-
-        def increment(vf):
-            return (0.5 * step.terms.prod(vf, control) ** ω).ω
-
-        return [
-            Kick(0, self._evaluate(step, step.t0), increment, "start"),
-            Mix(((1, 0), (2, -1))),
-            Kick(0, self._evaluate(step, step.t1), increment, "end"),
-        ]
-
-    @staticmethod
-    def _evaluate(step: Step, t: RealScalarLike) -> Callable:
-        def evaluate(values):
-            _, yhat = values
-            return step.terms.vf(t, yhat, step.args)
-
-        return evaluate
-
-    def across_jump(self, step, point, made_jump):
-        return self._again_if(made_jump, step, step.t0, point)
-
-    def before_jump(self, step, point, recorded, next_made_jump):
-        return self._again_if(next_made_jump, step, step.t1, point)
-
-    def _again_if(
-        self, pred: BoolScalarLike, step: Step, t: RealScalarLike, point: Point
-    ) -> PyTree:
-        if pred is False:
-            return point.carry
-
-        def again():
-            vf = step.same_bits(self._evaluate(step, t), point.values)
-            return jtu.tree_map(lambda a, b: jnp.where(pred, a, b), vf, point.carry)
-
-        return lax.cond(eqxi.unvmap_any(pred), again, lambda: point.carry)
-
-    def error(self, made):
-        first, second = made.kicks
-        return (second.increment**ω - first.increment**ω).ω
+        return point._replace(carry=recorded)

@@ -173,6 +173,25 @@ class AbstractSplitting(AbstractReversibleSolver):
         y0 = tuple(y)
         return y0, dict(y0=y0, y1=y1), None
 
+    def shears(
+        self,
+        terms: tuple[AbstractTerm, AbstractTerm],
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        args: Args,
+    ) -> list[tuple[int, Callable]]:
+        controls = [term.contr(t0, t1) for term in terms]
+
+        def shear(half, size, time):
+            def increment(y):
+                control = (size * controls[half] ** ω).ω
+                t = _time(t0, t1, time)
+                return terms[half].vf_prod(t, y[1 - half], args, control)
+
+            return half, increment
+
+        return [shear(*move) for move in _moves(self.coefficients)]
+
     def func(
         self,
         terms: tuple[AbstractTerm, AbstractTerm],
