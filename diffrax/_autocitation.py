@@ -1,6 +1,7 @@
 from ._adjoint import ReversibleAdjoint
 from ._solver import (
     AsynchronousLeapfrog,
+    BitExact,
     BlanesMoan4,
     BlanesMoan6,
     BlanesMoanRKN6,
@@ -78,6 +79,21 @@ def _reversible_solver(solver, saveat=None):
 """
             + _parse_reference(UReversible)
             + ("" if wrapped is None else "\n\n" + wrapped.strip())
+        )
+
+
+@citation_rules.append
+def _bit_exact_solver(solver, saveat=None):
+    if type(solver) is BitExact:
+        wrapped = solver.solver
+        cite = _reversible_solver if type(wrapped) is UReversible else _cite_wrapped
+        found = cite(wrapped, saveat)
+        return (
+            r"""
+% You are using a solver that recovers every bit (`BitExact`). This was introduced in:
+"""
+            + "\n\n".join(_parse_reference_multi(BitExact))
+            + ("" if found is None else "\n\n" + found.strip())
         )
 
 
