@@ -3,17 +3,18 @@
     python benchmarks/bit_exact.py [--solver NAME ...] [--steps N] [--repeats N]
         [--output FILE]
 
-For each solver, with and without `BitExact`, in 32-bit and 64-bit precision: by how much
-going back over a million steps of the system of Henon and Heiles, which is chaotic,
-misses its start (of a pendulum, for solvers that are not for chaotic systems; of a
-pendulum with damping, for those that are damped); whether every bit is the same; and
-what is stored to that end, in bits for each number and step.
+For each solver, with and without `BitExact`, in 32-bit and 64-bit precision: by how
+much going back over a million steps of the system of Henon and Heiles, which is
+chaotic, misses its start (of a pendulum, for solvers that are not for chaotic systems;
+of a pendulum with damping, for those that are damped); whether every bit is the same;
+and what is stored to that end, in bits for each number and step.
 
 Then what it costs, relative to the same solver without it, both by
 `ReversibleAdjoint(checkpoints=0)`: the time of a solve and of a gradient, for that
 system, where the overhead of each step is most of it, and for one of 256 oscillators
 coupled by a network of width 64, where the vector field is; and tracing and compiling
-the gradient. The certificate of the solver without it is not asked for: it would refuse.
+the gradient. The certificate of the solver without it is not asked for: it would not
+let that gradient pass.
 
 Times are medians over repetitions that take turns in one process, on a machine that
 should have nothing else to do: about twenty minutes on 2 CPU cores. Appends one line of

@@ -77,11 +77,11 @@ class BitExact(AbstractReversibleSolver, AbstractWrappedSolver):
 
     - [`diffrax.UReversible`][] itself, and [`diffrax.AsynchronousLeapfrog`][] with
         damping. What is damped is contracted, for which there is not room on a lattice:
-        so it is stored what is thereby forgotten. That is $-\log_2 \lambda$ bits for
-        each number and step, with $\lambda$ the coupling parameter: 0.0014 bits for
-        0.999, and 0.19 for 0.9. ($\lambda$ is rounded to $1 - 2^{-k}$, here 0.875.) In return,
-        there is no $\lambda^{-n}$ by which going back over $n$ steps multiplies rounding
-        errors, so that $\lambda$ can be as small as stability asks for.
+        so what is thereby forgotten is stored. That is $-\log_2 \lambda$ bits for each
+        number and step, with $\lambda$ the coupling parameter: 0.0014 bits for 0.999,
+        and 0.19 for 0.9. ($\lambda$ is rounded to $1 - 2^{-k}$, here to 0.875.) In
+        return, there is no $\lambda^{-n}$ by which going back over $n$ steps multiplies
+        rounding errors, so that $\lambda$ can be as small as stability asks for.
 
     Order, stability, number of evaluations, error estimate and interpolation are those
     of the wrapped solver. (After a jump, `ReversibleHeun` evaluates the vector field at
@@ -152,8 +152,8 @@ class BitExact(AbstractReversibleSolver, AbstractWrappedSolver):
         The vector field has to be rounded alike in the programs that make a step and
         that undo it. [This is seen to](../bit-exact.md#where-the-bits-are-the-same), as
         far as one can without a compiler of one's own; it is not with
-        `jax_disable_most_optimizations`. Where it is not, `ReversibleAdjoint` finds out,
-        and makes steps again.
+        `jax_disable_most_optimizations`. Where it is not, `ReversibleAdjoint` finds
+        out, and makes steps again.
 
     ??? cite "References"
 
@@ -421,8 +421,8 @@ BitExact.__init__.__doc__ = """**Arguments:**
     `AsynchronousLeapfrog`, which is the derivative of `y`.
 - `max_steps`: For how many steps there is room to store what is forgotten in damping;
     the solve fails at the step after that. Only with damping is anything allocated: for
-    each number and 100,000 steps, in 64-bit precision, 16 bytes with a coupling parameter
-    of 0.999, and 2.4 kilobytes with 0.9.
+    each number and 100,000 steps, in 64-bit precision, 16 bytes with a coupling
+    parameter of 0.999, and 2.4 kilobytes with 0.9.
 
 **Raises:**
 
