@@ -56,6 +56,20 @@ SOLVERS: dict[str, diffrax.AbstractSolver] = {
     "ReversibleHeun": diffrax.ReversibleHeun(),
     "ImplicitMidpoint": diffrax.ImplicitMidpoint(),
     "GaussLegendre4": diffrax.GaussLegendre4(),
+    **{
+        f"BitExact({type(solver).__name__})": diffrax.BitExact(solver)
+        for solver in (
+            diffrax.SemiImplicitEuler(),
+            diffrax.VelocityVerlet(),
+            diffrax.LeapfrogMidpoint(),
+            diffrax.AsynchronousLeapfrog(),
+            diffrax.ReversibleHeun(),
+            diffrax.Bosh3(),
+        )
+    },
+    "BitExact(UReversible(Heun))": diffrax.BitExact(
+        diffrax.UReversible(diffrax.Heun(), 0.9)
+    ),
     "HalfSolver(ReversibleHeun)": diffrax.HalfSolver(diffrax.ReversibleHeun()),
     **{
         f"UReversible({type(solver).__name__})": diffrax.UReversible(solver)
