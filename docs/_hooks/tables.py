@@ -298,6 +298,7 @@ def _least() -> str:
 
 
 def _counts(row: dict[str, Any]) -> str:
+    # Those of implicit methods are not counted.
     return " / ".join(f"{x:.3g}" for x in (row["evaluations"] or {}).values())
 
 
