@@ -11,7 +11,7 @@ import jax.tree_util as jtu
 from equinox.internal import ω
 from jaxtyping import Array, Bool, PyTree
 
-from ._custom_types import BoolScalarLike
+from ._custom_types import BoolScalarLike, RealScalarLike
 
 
 # How far from where it started a coordinate may be, as a power of two of spacings. Four
@@ -97,13 +97,13 @@ class Part(eqx.Module):
         return outside
 
 
-def full_size(y: PyTree[Array], size: PyTree[float]) -> list[float]:
+def full_size(y: PyTree[Array], size: PyTree[RealScalarLike]) -> list[float]:
     """`size`, which is a prefix of `y`, for each leaf of that."""
     full = jtu.tree_map(lambda s, sub: jtu.tree_map(lambda _: s, sub), size, y)
-    return jtu.tree_leaves(full)
+    return [float(s) for s in jtu.tree_leaves(full)]
 
 
-def spacings(y: PyTree[Array], size: PyTree[float]) -> tuple[float, ...]:
+def spacings(y: PyTree[Array], size: PyTree[RealScalarLike]) -> tuple[float, ...]:
     """For each leaf: as far apart as floating-point numbers of about that `size`."""
     pairs = zip(full_size(y, size), jtu.tree_leaves(y), strict=True)
     return tuple(

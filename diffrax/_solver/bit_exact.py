@@ -188,7 +188,7 @@ class BitExact(AbstractReversibleSolver, AbstractWrappedSolver):
     """
 
     solver: AbstractSolver
-    size: PyTree[float] = 1.0
+    size: PyTree[RealScalarLike] = 1.0
     max_steps: int = 100_000
 
     is_bit_exact: ClassVar[bool] = True

@@ -3,6 +3,7 @@ import jax.tree_util as jtu
 from equinox.internal import ω
 from jaxtyping import PyTree
 
+from .._custom_types import RealScalarLike
 from .._damped_gap import Damping
 from .._lattice import full_size
 from .._moves import Damp, Kick, Point
@@ -25,7 +26,7 @@ class Coupled(AbstractExactStep):
     solver: UReversible
     is_damped: bool
     max_steps: int
-    size: PyTree[float]
+    size: PyTree[RealScalarLike]
 
     def others(self, terms, t0, y0, args):
         return (y0,)
