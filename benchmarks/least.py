@@ -46,6 +46,9 @@ def _numerical(solver: Any) -> tuple[int, int, int]:
 Least = tuple[int, int, int]
 SOLVERS: dict[str, tuple[Callable[[], diffrax.AbstractSolver], Least]] = {
     "SemiImplicitEuler": (diffrax.SemiImplicitEuler, (2, 2, 2)),
+    "PositionVerlet": (diffrax.PositionVerlet, (3, 3, 3)),
+    "VelocityVerlet": (diffrax.VelocityVerlet, (2, 2, 2)),
+    "ForestRuth": (diffrax.ForestRuth, (7, 7, 7)),
     "LeapfrogMidpoint": (diffrax.LeapfrogMidpoint, (1, 1, 1)),
     "AsynchronousLeapfrog": (diffrax.AsynchronousLeapfrog, (1, 1, 1)),
     "ReversibleHeun": (diffrax.ReversibleHeun, (1, 1, 1)),

@@ -148,7 +148,7 @@ def _true_ends(name: str, levy_area: Any, num_paths: int, fine: int) -> Array:
         return _ends(name, reference)(float(fine), keys)
     tree = ft.partial(diffrax.VirtualBrownianTree, 0.0, 1.0, 0.5 / _fine, problem.noise)
     of_key = lambda key: tree(key=key, levy_area=levy_area).evaluate(0.0, 1.0)
-    increments = jax.vmap(of_key)(keys)
+    increments: Any = jax.vmap(of_key)(keys)
     return jax.vmap(problem.exact)(getattr(increments, "W", increments))
 
 

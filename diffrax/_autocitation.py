@@ -1,25 +1,6 @@
+from . import _solver
 from ._adjoint import ReversibleAdjoint
-from ._solver import (
-    AsynchronousLeapfrog,
-    BitExact,
-    BlanesMoan4,
-    BlanesMoan6,
-    BlanesMoanRKN6,
-    EES25,
-    EES27,
-    FixedPointReversible,
-    ForestRuth,
-    GaussLegendre4,
-    ImplicitMidpoint,
-    KahanLi6,
-    KahanLi8,
-    PEFRL,
-    PositionVerlet,
-    Ruth3,
-    Suzuki4,
-    UReversible,
-    VelocityVerlet,
-)
+from ._solver import _upstream_init, FixedPointReversible, UReversible
 from ._upstream_autocitation import *  # noqa: F403
 from ._upstream_autocitation import (
     _parse_reference as _parse_reference,
@@ -32,24 +13,12 @@ from ._upstream_autocitation import (
 # The rules themselves are only to be found in the list.
 [_cite_solver] = [rule for rule in citation_rules if rule.__name__ == "_solvers"]
 
-_added = (
-    AsynchronousLeapfrog,
-    BlanesMoan4,
-    BlanesMoan6,
-    BlanesMoanRKN6,
-    EES25,
-    EES27,
-    ForestRuth,
-    GaussLegendre4,
-    ImplicitMidpoint,
-    KahanLi6,
-    KahanLi8,
-    PEFRL,
-    PositionVerlet,
-    Ruth3,
-    Suzuki4,
-    VelocityVerlet,
-)
+# Those that wrap another solver have rules of their own.
+_added = {
+    cls
+    for name, cls in vars(_solver).items()
+    if isinstance(cls, type) and name not in vars(_upstream_init)
+} - {FixedPointReversible, UReversible}
 
 
 def _added_solver(solver):
@@ -79,21 +48,6 @@ def _reversible_solver(solver, saveat=None):
 """
             + _parse_reference(UReversible)
             + ("" if wrapped is None else "\n\n" + wrapped.strip())
-        )
-
-
-@citation_rules.append
-def _bit_exact_solver(solver, saveat=None):
-    if type(solver) is BitExact:
-        wrapped = solver.solver
-        cite = _reversible_solver if type(wrapped) is UReversible else _cite_wrapped
-        found = cite(wrapped, saveat)
-        return (
-            r"""
-% You are using a solver that recovers every bit (`BitExact`). This was introduced in:
-"""
-            + "\n\n".join(_parse_reference_multi(BitExact))
-            + ("" if found is None else "\n\n" + found.strip())
         )
 
 

@@ -607,9 +607,10 @@ def _close_shared(
     shared = SharedEvaluations.of(reversal, prepare, terms, step, y, args, solver_state)
     if shared is None:
         return None, None, None
-    back_args = terms, step, y, args, hint
-    carried = eqx.filter_eval_shape(shared.start, *back_args)
-    back_args = *back_args, carried, jnp.array(True)
+    carried = eqx.filter_eval_shape(
+        shared.record_end, terms, step, y, args, solver_state
+    )
+    back_args = terms, step, y, args, hint, carried, jnp.array(True)
     record_back = close_function(ft.partial(_record_back, shared), *back_args)
     _, _, records, _ = eqx.filter_eval_shape(record_back, *back_args)
     recall = close_function(ft.partial(_recall, shared), *step_args, records)

@@ -23,7 +23,7 @@ from ._closed_solve import as_arrays
 from ._custom_types import BoolScalarLike, IntScalarLike, RealScalarLike
 from ._invert_step import relative_distance, Search
 from ._reverse_output import filter_inexact, stop_gradient, zeros_like
-from ._reverse_step import known_size, Position, ReverseStep, where
+from ._reverse_step import Carried, known_size, Position, ReverseStep, where
 from ._sketch import sketch, sketch_dtype
 from ._step_trace import StepTrace
 from ._stored_states import StoredStates
@@ -35,6 +35,7 @@ class Segment(eqx.Module):
     - `position`: where it is.
     - `search`: looking for the start of the step that ends there. `None` if that is not
         how steps are undone.
+    - `carried`: what of the step that starts there serves for the one before.
     - `missed`: the certificate: how far this may be off, as a fraction of what is
         tolerated.
     - `lost`: the number of the step at which that first was too much for a gradient.
@@ -47,6 +48,7 @@ class Segment(eqx.Module):
 
     position: Position
     search: Search | None
+    carried: Carried
     missed: Real[Array, ""]
     lost: Int[Array, ""]
     corrections: Int[Array, ""]
@@ -191,7 +193,13 @@ class ReversePass(eqx.Module):
         is_known = (is_last | stretch.known.all_) & ~try_
         state0 = stretch.known.read(index)
         round_ = self.step(
-            val.position, val.search, is_known, stretch.exact, state0, stretch.size
+            val.position,
+            val.search,
+            val.carried,
+            is_known,
+            stretch.exact,
+            state0,
+            stretch.size,
         )
         new, done = round_.position, round_.done
         sketch_, differs = self._compare(val, new, try_)
@@ -218,9 +226,16 @@ class ReversePass(eqx.Module):
         if self.step.closed.certificate == "off":
             missed = jnp.zeros_like(missed)
         position = where(done & jnp.invert(try_), new, val.position)
+        # A step that was tried is made once more.
+        carried = eqx.tree_at(
+            lambda c: c.is_there,
+            round_.carried,
+            round_.carried.is_there & jnp.invert(try_),
+        )
         return Segment(
             position=position,
             search=search,
+            carried=carried,
             missed=jnp.where(done, jnp.maximum(val.missed, missed), val.missed),
             lost=jnp.where(val.missed > self.step.too_much(), val.lost, index),
             corrections=val.corrections + corrections,
@@ -270,6 +285,7 @@ class ReversePass(eqx.Module):
                 lambda p: p.probe, position, probe, is_leaf=lambda x: x is None
             ),
             search=search,
+            carried=self.step.start_carrying(),
             missed=jnp.zeros((), jnp.result_type(float)),
             lost=position.index,
             corrections=jnp.array(0),

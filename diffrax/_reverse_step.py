@@ -23,6 +23,7 @@ from ._custom_types import (
     RealScalarLike,
     Y,
 )
+from ._evaluate_where import evaluate_where
 from ._invert_step import relative_distance, root, Search
 from ._known_controls import has_no_controls
 from ._reverse_output import (
@@ -56,8 +57,6 @@ class Position(eqx.Module):
         nobody asks for these.
     - `probe`: what rounding may have led to since the last state that was known. `None`
         if nobody asks for that.
-    - `carried`: what was evaluated in undoing the step that starts here, and serves for
-        linearising the one before; if `has_carried`.
     """
 
     index: Int[Array, ""]
@@ -69,8 +68,14 @@ class Position(eqx.Module):
     grads: PyTree[Array]
     grad_times: TimeGradient | None
     probe: Probe | None
-    carried: PyTree[Array]
-    has_carried: Bool[Array, ""]
+
+
+class Carried(eqx.Module):
+    """What was evaluated in undoing a step, and serves for linearising the one before
+    that: `records`, if `is_there`."""
+
+    records: PyTree[Array]
+    is_there: Bool[Array, ""]
 
 
 class Round(eqx.Module):
@@ -78,6 +83,7 @@ class Round(eqx.Module):
 
     - `position`: the new position, if `done`.
     - `search`: for the next round. `None` if that is not how steps are undone.
+    - `carried`: for the step before.
     - `done`: whether the step has been undone.
     - `signals`: how far this may be off, without what is told by cotangents.
     - `step`: the step.
@@ -85,6 +91,7 @@ class Round(eqx.Module):
 
     position: Position
     search: Search | None
+    carried: Carried
     done: Bool[Array, ""]
     signals: Signals
     step: Step
@@ -130,6 +137,7 @@ class ReverseStep(eqx.Module):
         self,
         position: Position,
         search: Search | None,
+        carried: Carried,
         known: BoolScalarLike,
         exact: BoolScalarLike,
         state0: PyTree,
@@ -152,8 +160,8 @@ class ReverseStep(eqx.Module):
         )
         undone, off = state0, 0.0
         if self.params[2].recall is not None:
-            y0, undone, y1, off, new = self._share(
-                step, position, known, state0, linearise, pull_back_controls
+            y0, undone, y1, off, carried, new = self._share(
+                step, position, carried, known, state0, linearise, pull_back_controls
             )
         else:
             if not closed.reversal.can_step_back:
@@ -181,7 +189,7 @@ class ReverseStep(eqx.Module):
             lambda p: p.probe, new, probe, is_leaf=lambda x: x is None
         )
         done = jnp.array(True) if search is None else search.done
-        return Round(position, search, done, signals, step)
+        return Round(position, search, carried, done, signals, step)
 
     def _look(
         self,
@@ -299,17 +307,13 @@ class ReverseStep(eqx.Module):
     def _before_jump(self, position: Position, step: Step) -> Position:
         """The vector field before a jump is not that of the step that starts there."""
         closed = self.closed
-        if closed.increment is None or step.next_made_jump is False:
+        if closed.increment is None:
             return position
-        args, terms, _ = self.params
-        hint = lax.cond(
-            eqxi.unvmap_any(step.next_made_jump),
-            lambda: where(
-                step.next_made_jump,
-                self.params[2].vf(terms, step.t1, position.y, args),
-                position.hint,
-            ),
-            lambda: position.hint,
+        args, terms, local = self.params
+        hint = evaluate_where(
+            step.next_made_jump,
+            lambda: local.vf(terms, step.t1, position.y, args),
+            position.hint,
         )
         return eqx.tree_at(lambda p: p.hint, position, hint)
 
@@ -332,14 +336,16 @@ class ReverseStep(eqx.Module):
         self,
         step: Step,
         position: Position,
+        carried: Carried,
         known: BoolScalarLike,
         state0: PyTree,
         linearise: Callable,
         pull_back_controls: Callable | None,
-    ) -> tuple[Y, PyTree, Y, Real[Array, ""], Position]:
+    ) -> tuple[Y, PyTree, Y, Real[Array, ""], Carried, Position]:
         """Goes back over a step, the evaluations for undoing which serve for
         linearising it as well. Returns where it started; where undoing it led; where it
-        ends; by how much the evaluations are off; and the new position."""
+        ends; by how much the evaluations are off; what is carried to the step before;
+        and the new position."""
         args, terms, local = self.params
         # What is as large as the parameters is added to where it is.
         start = eqx.tree_at(lambda p: p.grads, position, zeros_like(position.grads))
@@ -349,32 +355,39 @@ class ReverseStep(eqx.Module):
             y0, solver_state0 = where(known, state0, undone)
             y1, aux = linearise(y0, solver_state0)
             new = self._pull_back(start, step, y0, aux, pull_back_controls)
-            return y0, undone, y1, jnp.zeros((), jnp.result_type(float)), new
+            off = jnp.zeros((), jnp.result_type(float))
+            return y0, undone, y1, off, Carried(carried.records, jnp.array(False)), new
 
         def shared():
-            has_carried = position.has_carried & jnp.invert(step.next_made_jump)
-            y0, solver_state0, records, carried = local.record_back(
+            # The step that comes next may have started with another vector field.
+            is_there = carried.is_there & jnp.invert(step.next_made_jump)
+            y0, solver_state0, records, records0 = local.record_back(
                 terms,
                 step,
                 position.y,
                 args,
                 position.hint,
-                position.carried,
-                has_carried,
+                carried.records,
+                is_there,
             )
             y1, aux = linearise(y0, solver_state0, records)
             new = self._pull_back(start, step, y0, aux, pull_back_controls)
-            new = eqx.tree_at(
-                lambda p: (p.carried, p.has_carried), new, (carried, jnp.array(True))
-            )
             *_, off = aux
-            return y0, (y0, solver_state0), y1, off, new
+            undone = y0, solver_state0
+            return y0, undone, y1, off, Carried(records0, jnp.array(True)), new
 
         # A step from a known state is not undone. If it is one of a batch then neither
         # is anything shared by the others.
         *out, new = lax.cond(eqxi.unvmap_any(known), plain, shared)
         grads = add(position.grads, new.grads)
         return *out, eqx.tree_at(lambda p: p.grads, new, grads)
+
+    def start_carrying(self) -> Carried:
+        """Where the state is known, and nothing is carried."""
+        records = jtu.tree_map(
+            lambda x: jnp.zeros(x.shape, x.dtype), self.closed.carried
+        )
+        return Carried(records, jnp.array(False))
 
     def start_probe(self, index: IntScalarLike, y: Y, hint: PyTree) -> Probe | None:
         """What to set `Position.probe` to, where the state is known."""
@@ -608,8 +621,6 @@ class ReverseStep(eqx.Module):
             grads=grads,
             grad_times=self._add_times(position.grad_times, index, grad_times),
             probe=position.probe,
-            carried=position.carried,
-            has_carried=jnp.array(False),
         )
 
     def _add_times(

@@ -331,8 +331,6 @@ def _end(
         grads=grads,
         grad_times=grad_times,
         probe=step.start_probe(step.num_steps, y1, hint),
-        carried=jtu.tree_map(lambda x: jnp.zeros(x.shape, x.dtype), closed.carried),
-        has_carried=jnp.array(False),
     )
 
 

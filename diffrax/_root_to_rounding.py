@@ -9,7 +9,7 @@ import optimistix as optx
 from jaxtyping import Array, Bool, PyTree, Real
 
 from ._custom_types import Y
-from ._invert_step import relative_distance
+from ._invert_step import max_abs, relative_distance
 
 
 # In units of rounding: how large the last correction may be; and below what it may be
@@ -77,9 +77,7 @@ def leaf_sizes(y: Y, other: Y) -> PyTree[Array]:
     """How large each leaf is, of the larger of two."""
 
     def _size(x, x2):
-        size = jnp.maximum(
-            jnp.max(jnp.abs(x), initial=0), jnp.max(jnp.abs(x2), initial=0)
-        )
+        size = jnp.maximum(x, x2)
         return jnp.where(size == 0, 1, size)
 
-    return jtu.tree_map(_size, y, other)
+    return jtu.tree_map(_size, max_abs(y), max_abs(other))

@@ -140,15 +140,24 @@ class SharedEvaluations:
             plans[attribute] = list(map(plan_of_term, of_terms, made, undone))
         none: _Plan = [[None] * len(of_term) for of_term in made]
         shared._plan = plans.get("shared_evaluations", none)
-        shared._next_plan = plans.get("carried_evaluations", none)
+        # What is evaluated in undoing the step itself need not be carried.
+        shared._next_plan = [
+            [None if own is not None else k for own, k in zip(*of_term)]
+            for of_term in zip(shared._plan, plans.get("carried_evaluations", none))
+        ]
         all_ = it.chain(*shared._plan, *shared._next_plan)
         return None if all(k is None for k in all_) else shared
 
-    def start(
-        self, terms: PyTree[AbstractTerm], step: Step, y1: Y, args: Args, hint: PyTree
+    def record_end(
+        self,
+        terms: PyTree[AbstractTerm],
+        step: Step,
+        y0: Y,
+        args: Args,
+        solver_state: PyTree,
     ) -> Records:
-        """What would have been evaluated in undoing the step that comes next. (For
-        which the step is made once, from where undoing it leads.)"""
+        """Makes a step, and returns of what it evaluates that which would have been
+        carried from the step that comes next."""
         carried: Records = [[None] * len(ks) for ks in self._next_plan]
 
         def handle(call):
@@ -158,11 +167,10 @@ class SharedEvaluations:
             carried[call.term][call.number] = evaluation
             return out
 
-        terms = self._prepare(terms, step, y1)
-        y0, solver_state0 = self._reversal.step_back(terms, step, y1, args, hint)
+        terms = self._prepare(terms, step, y0)
         no_output = jnp.array(False)
         self._reversal.step(
-            _watch(terms, handle), step, y0, args, solver_state0, no_output
+            _watch(terms, handle), step, y0, args, solver_state, no_output
         )
         return carried
 
@@ -179,12 +187,6 @@ class SharedEvaluations:
         """Undoes a step. `carried` is what was evaluated in undoing the step that comes
         next, if `has_carried`. Returns `(y0, solver_state)`; what was evaluated for
         this step; and for the one before."""
-        if jtu.tree_leaves(carried):
-            carried = lax.cond(
-                eqxi.unvmap_all(has_carried),
-                lambda: carried,
-                lambda: self.start(terms, step, y1, args, hint),
-            )
         found: list[dict[int | None, Evaluation | None]]
         found = [{None: None} for _ in self._plan]
 
@@ -196,10 +198,16 @@ class SharedEvaluations:
             found[call.term][call.number] = evaluation
             return out
 
-        terms = self._prepare(terms, step, y1)
+        prepared = self._prepare(terms, step, y1)
         y0, solver_state0 = self._reversal.step_back(
-            _watch(terms, handle), step, y1, args, hint
+            _watch(prepared, handle), step, y1, args, hint
         )
+        if jtu.tree_leaves(carried):
+            carried = lax.cond(
+                eqxi.unvmap_all(has_carried),
+                lambda: carried,
+                lambda: self.record_end(terms, step, y0, args, solver_state0),
+            )
         own, carried0 = (
             [[of_term[k] for k in ks] for of_term, ks in zip(found, plan)]
             for plan in (self._plan, self._next_plan)

@@ -526,7 +526,9 @@ def _levenberg_marquardt(params, adjoint, **options):
         # A minimum is determined only up to the square root of rounding errors, but not
         # so the way there.
         ft.partial(_bfgs, max_steps=8, throw=False),
-        ft.partial(_levenberg_marquardt, jac="bwd"),
+        pytest.param(
+            ft.partial(_levenberg_marquardt, jac="bwd"), marks=pytest.mark.slow
+        ),
     ),
     ids=(
         "in scan",
@@ -535,7 +537,7 @@ def _levenberg_marquardt(params, adjoint, **options):
         "in custom_vjp",
         "around custom_vjp",
         "BFGS",
-        pytest.param("Levenberg-Marquardt", marks=pytest.mark.slow),
+        "Levenberg-Marquardt",
     ),
 )
 def test_surroundings(fn):

@@ -167,17 +167,20 @@ def test_hard_solvers(solver, controller):
     assert max(_errors(out, expected)) <= 1e-9
 
 
-def test_undone_before_a_jump():
+@pytest.mark.parametrize(
+    "solver, tol", ((diffrax.Tsit5(), 1e-8), (diffrax.ReversibleHeun(), 1e-3))
+)
+def test_undone_before_a_jump(solver, tol):
     # Without anything stored: the vector field after a jump tells nothing of that
     # before it.
     def loss(args, adjoint):
         field = lambda t, y, args: jnp.where(t < 1.03, args, -3 * args) * jnp.cos(y)
         controller = diffrax.ClipStepSizeController(
-            diffrax.PIDController(rtol=1e-8, atol=1e-8), jump_ts=jnp.array([1.03])
+            diffrax.PIDController(rtol=tol, atol=tol), jump_ts=jnp.array([1.03])
         )
         sol = diffrax.diffeqsolve(
             diffrax.ODETerm(field),
-            diffrax.Tsit5(),
+            solver,
             0.0,
             2.0,
             None,
@@ -592,6 +595,14 @@ class _SharesWrong(_TwoHalves):
     shared_evaluations = (1, 0)
 
 
+class _SharesAndCarries(_Shares):
+    carried_evaluations = (0, 1)
+
+
+class _CarriesWrong(_TwoHalves):
+    carried_evaluations = (0, 1)
+
+
 class _SharesNothing(_Shares):
     # Nobody has said so of this method.
     def backward_step(self, *args, **kwargs) -> Any:
@@ -604,6 +615,7 @@ class _SharesNothing(_Shares):
         pytest.param(_TwoHalves(), 2, 2, id="nothing", marks=pytest.mark.slow),
         pytest.param(_Shares(), 0, 2, id="all"),
         pytest.param(_SharesOne(), 1, 2, id="one", marks=pytest.mark.slow),
+        pytest.param(_SharesAndCarries(), 0, 2, id="all, twice over"),
         pytest.param(_SharesNothing(), 2, 2, id="overridden"),
     ),
 )
@@ -614,33 +626,50 @@ def test_cost_of_what_is_shared(solver, primal, linearised):
     assert counts == [2 * n + primal * (n - 1), linearised * n, linearised * n]
 
 
-@pytest.mark.parametrize("carried", (True, False))
-def test_cost_of_what_is_carried(carried):
-    solver = diffrax.ReversibleHeun()
-    if not carried:
-        # Nobody has said so of this method.
-        class Overridden(diffrax.ReversibleHeun):
-            def backward_step(self, *args, **kwargs) -> Any:
-                return super().backward_step(*args, **kwargs)
+class _OtherStep(diffrax.ReversibleHeun):
+    def step(self, *args, **kwargs) -> Any:
+        return super().step(*args, **kwargs)
 
-        solver = Overridden()
-    n = 20
-    adjoint = diffrax.ReversibleAdjoint(checkpoints=0, certificate="cheap")
+
+class _OtherStepBack(diffrax.ReversibleHeun):
+    def backward_step(self, *args, **kwargs) -> Any:
+        return super().backward_step(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "solver, checkpoints",
+    (
+        (diffrax.ReversibleHeun(), 0),
+        (diffrax.ReversibleHeun(), 4),
+        # Nobody has said so of these methods.
+        pytest.param(_OtherStep(), 0, marks=pytest.mark.slow),
+        (_OtherStepBack(), 0),
+    ),
+)
+def test_cost_of_what_is_carried(solver, checkpoints):
+    n, segments = 20, checkpoints + 1
+    adjoint = diffrax.ReversibleAdjoint(checkpoints, certificate="cheap")
     primal, linearised, transposed = _count(adjoint, solver, n, 1e-3, 1.0)
-    # To start carrying, a step is undone and made. The first step is from a known
-    # state. And there is the solver state at the start of the solve.
-    assert primal == n + (1 if carried else n - 1)
-    assert linearised == (1 + (n - 1) if carried else n - 1) + 1 + 1
+    # The first step of each segment is from a known state. There is one evaluation for
+    # the solver state at the start of the solve.
+    undone = n - segments
+    if type(solver) is diffrax.ReversibleHeun:
+        # To start carrying, the last step of each segment is made once more.
+        assert primal == n
+        assert linearised == (segments + undone) + segments + 1
+    else:
+        assert primal == n + undone
+        assert linearised == n + 1
     assert transposed == n + 1
 
 
 def test_cost_of_what_is_carried_of_one_term():
-    # To start carrying, a step is undone and made, of which one evaluation is recorded.
-    # And there is the solver state at the start of the solve, of the second term alone.
+    # To start carrying, a step is made, of which one evaluation is recorded. And there
+    # is the solver state at the start of the solve, of the second term alone.
     n = 20
     adjoint = diffrax.ReversibleAdjoint(checkpoints=0, certificate="cheap")
     counts = list(_count(adjoint, diffrax.VelocityVerlet(), n, 1e-3, 1.0))
-    assert counts == [2 * n + 3, 2 * n + 1 + 1, 2 * n + 1]
+    assert counts == [2 * n + 1, 2 * n + 1 + 1, 2 * n + 1]
 
 
 def _gradient_of_shared(solver, adjoint):
@@ -662,17 +691,19 @@ def _gradient_of_shared(solver, adjoint):
     return eqx.filter_jit(jax.grad(loss))(jnp.array([0.7, 0.5]))
 
 
-def test_shared_by_mistake():
-    expected = _gradient_of_shared(_SharesWrong(), diffrax.RecursiveCheckpointAdjoint())
+@pytest.mark.parametrize("solver", (_SharesWrong(), _CarriesWrong()))
+def test_shared_by_mistake(solver):
+    expected = _gradient_of_shared(solver, diffrax.RecursiveCheckpointAdjoint())
     adjoint = diffrax.ReversibleAdjoint(checkpoints=1, certificate="cheap")
-    gradient = _gradient_of_shared(_SharesWrong(), adjoint)
+    gradient = _gradient_of_shared(solver, adjoint)
     np.testing.assert_allclose(gradient, expected, rtol=1e-12)
     # With nothing to make steps again from.
     adjoint = diffrax.ReversibleAdjoint(0, "cheap", on_failure="nan")
-    gradient = _gradient_of_shared(_SharesWrong(), adjoint)
+    gradient = _gradient_of_shared(solver, adjoint)
     assert np.all(np.isnan(gradient))
 
 
+@pytest.mark.parametrize("attribute", ("shared_evaluations", "carried_evaluations"))
 @pytest.mark.parametrize(
     "shared, match",
     (
@@ -684,13 +715,14 @@ def test_shared_by_mistake():
         (((0,), (1,)), "is for a tuple of 2 terms"),
     ),
 )
-def test_shared_evaluations_are_checked(shared, match):
+def test_shared_evaluations_are_checked(attribute, shared, match):
     class Shares(_TwoHalves):
-        shared_evaluations = shared
+        pass
 
-    match = re.escape(
-        match.replace("`step", "`Shares.step").replace("`backward", "`Shares.backward")
-    )
+    setattr(Shares, attribute, shared)
+    match = match.replace("`step", "`Shares.step")
+    match = re.escape(match.replace("`backward", "`Shares.backward"))
+    match = rf"`Shares.{attribute}` .*{match}"
     with pytest.raises(ValueError, match=match):
         _gradient_of_shared(Shares(), diffrax.ReversibleAdjoint())
 

@@ -164,7 +164,7 @@ def maps(entry: Entry, z: np.ndarray) -> Maps:
     one_step = is_one_step(entry)
     flat = np.asarray(z, complex).ravel()
     # Always of the same shape, to be compiled once.
-    padded = np.pad(flat, (0, -len(flat) % 512)).reshape(-1, 512)
+    padded: Any = np.pad(flat, (0, -len(flat) % 512)).reshape(-1, 512)
     points = jnp.asarray(np.stack([padded.real, padded.imag], axis=-1))
     parts = [_compiled(entry)(p) for p in points]
     forward, other = (
@@ -195,6 +195,7 @@ def stable_up_to(
     """The largest `r` such that the solver is stable at `s * direction`, for all `s` up
     to `r`: for no eigenvalue to be larger than `1 + tol`."""
     lower, upper = 0.0, most
+    s: Any
     # In no round numbers, at which some matrices are singular. There may be a narrow
     # gap, so finely at first.
     for num_points in (40_000, 400, 400):

@@ -1,14 +1,13 @@
 from collections.abc import Callable
 from typing import ClassVar, TypeAlias
 
-import equinox.internal as eqxi
-import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from equinox.internal import ω
 from jaxtyping import PyTree
 
 from .._custom_types import Args, BoolScalarLike, DenseInfo, RealScalarLike, VF, Y
+from .._evaluate_where import evaluate_where
 from .._heuristics import is_sde
 from .._local_interpolation import ThirdOrderHermitePolynomialInterpolation
 from .._solution import RESULTS
@@ -151,9 +150,7 @@ class AsynchronousLeapfrog(
         solver_state: _SolverState,
         made_jump: BoolScalarLike,
     ) -> tuple[Y, Y, DenseInfo, _SolverState, RESULTS]:
-        v0 = solver_state
-        if made_jump is not False:
-            v0 = _where_any(made_jump, lambda: terms.vf(t0, y0, args), v0)
+        v0 = evaluate_where(made_jump, lambda: terms.vf(t0, y0, args), solver_state)
         control = terms.contr(t0, t1)
         k0 = terms.prod(v0, control)
         ym = (y0**ω + 0.5 * k0**ω).ω
@@ -223,12 +220,3 @@ AsynchronousLeapfrog.__init__.__doc__ = """**Arguments:**
 
 def _middle(t0: RealScalarLike, t1: RealScalarLike) -> RealScalarLike:
     return t0 + 0.5 * (t1 - t0)
-
-
-def _where_any(pred: BoolScalarLike, fn: Callable[[], PyTree], other: PyTree) -> PyTree:
-    """`fn()` where `pred`, which is not evaluated if that is nowhere in a batch."""
-    return lax.cond(
-        eqxi.unvmap_any(pred),
-        lambda: jtu.tree_map(lambda a, b: jnp.where(pred, a, b), fn(), other),
-        lambda: other,
-    )

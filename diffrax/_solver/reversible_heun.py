@@ -1,7 +1,6 @@
 from collections.abc import Callable
 
 import equinox as eqx
-import equinox.internal as eqxi
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
@@ -11,6 +10,7 @@ from jaxtyping import Array, PyTree, Real
 
 from .._closed_function import close_function, ClosedFunction
 from .._custom_types import Args, BoolScalarLike, DenseInfo, RealScalarLike, Y
+from .._evaluate_where import evaluate_where
 from .._invert_step import max_abs, relative_distance, solve_linear
 from .._term import AbstractTerm
 from ._upstream_reversible_heun import (
@@ -75,18 +75,13 @@ class ReversibleHeun(_ReversibleHeun, AbstractReversibleSolver):
         def start(_vf0):
             return (y1**ω - 0.5 * terms.prod((_vf0**ω + vf1**ω).ω, control) ** ω).ω
 
-        y0 = start(vf0)
-        if made_jump is not False:
-            # `step` used the vector field at `y0`, rather than that at `yhat0`.
-            y0 = lax.cond(
-                eqxi.unvmap_any(made_jump),
-                lambda: lax.cond(
-                    made_jump,
-                    lambda: _fixed_point(lambda y: start(terms.vf(t0, y, args)), y0),
-                    lambda: y0,
-                ),
-                lambda: y0,
-            )
+        guess = start(vf0)
+        # There, `step` used the vector field at `y0`, rather than that at `yhat0`.
+        y0 = evaluate_where(
+            made_jump,
+            lambda: _fixed_point(lambda y: start(terms.vf(t0, y, args)), guess),
+            guess,
+        )
 
         dense_info = dict(y0=y0, y1=y1)
         return y0, dense_info, (yhat0, vf0)
@@ -102,16 +97,9 @@ class ReversibleHeun(_ReversibleHeun, AbstractReversibleSolver):
         made_jump: BoolScalarLike,
     ) -> _SolverState:
         del y1, recorded
-        if made_jump is False:
-            return solver_state
         yhat1, vf1 = solver_state
         # Undoing a step across a jump leaves us with the vector field after the jump.
-        vf1 = lax.cond(
-            eqxi.unvmap_any(made_jump),
-            lambda: lax.cond(made_jump, lambda: terms.vf(t1, yhat1, args), lambda: vf1),
-            lambda: vf1,
-        )
-        return yhat1, vf1
+        return yhat1, evaluate_where(made_jump, lambda: terms.vf(t1, yhat1, args), vf1)
 
 
 def _fixed_point(fn: Callable[[Y], Y], y: Y) -> Y:

@@ -146,7 +146,7 @@ class AbstractSplitting(AbstractReversibleSolver):
         y: Any = list(y0)
         for half, size, time in _moves(self.coefficients):
             control = (size * controls[half] ** ω).ω
-            t = _time(t0, t1, time)
+            t = time_inside(t0, t1, time)
             increment = terms[half].vf_prod(t, y[1 - half], args, control)
             y[half] = (y[half] ** ω + increment**ω).ω
         y1 = tuple(y)
@@ -167,7 +167,7 @@ class AbstractSplitting(AbstractReversibleSolver):
         y: Any = list(y1)
         for half, size, time in reversed(_moves(self.coefficients)):
             control = (size * controls[half] ** ω).ω
-            t = _time(t0, t1, time)
+            t = time_inside(t0, t1, time)
             increment = terms[half].vf_prod(t, y[1 - half], args, control)
             y[half] = (y[half] ** ω - increment**ω).ω
         y0 = tuple(y)
@@ -223,7 +223,8 @@ def _moves(
     return tuple(out)
 
 
-def _time(t0: RealScalarLike, t1: RealScalarLike, time: float) -> RealScalarLike:
+def time_inside(t0: RealScalarLike, t1: RealScalarLike, time: float) -> RealScalarLike:
+    """That after a part of the step."""
     if time == 0:
         return t0
     # No floating point error

@@ -1,16 +1,13 @@
-from collections.abc import Callable
 from typing import ClassVar, TypeAlias
 
-import equinox.internal as eqxi
-import jax.lax as lax
 from equinox.internal import ω
 from jaxtyping import PyTree
 
 from .._custom_types import Args, BoolScalarLike, DenseInfo, RealScalarLike, VF, Y
-from .._local_interpolation import LocalLinearInterpolation
+from .._evaluate_where import evaluate_where
 from .._solution import RESULTS
 from .._term import AbstractTerm
-from .base import AbstractReversibleSolver
+from .splitting import AbstractSplitting, time_inside
 
 
 _ErrorEstimate: TypeAlias = None
@@ -18,7 +15,7 @@ _ErrorEstimate: TypeAlias = None
 _SolverState: TypeAlias = VF
 
 
-class VelocityVerlet(AbstractReversibleSolver):
+class VelocityVerlet(AbstractSplitting):
     r"""Velocity Verlet method, which is also called leapfrog, or kick--drift--kick.
 
     Symplectic, symmetric method of 2nd order, for a pair of states each of which drives
@@ -66,13 +63,10 @@ class VelocityVerlet(AbstractReversibleSolver):
         ```
     """
 
-    term_structure: ClassVar = (AbstractTerm, AbstractTerm)
-    interpolation_cls: ClassVar[Callable[..., LocalLinearInterpolation]] = (
-        LocalLinearInterpolation
-    )
+    coefficients: ClassVar[tuple[float, ...]] = (0, 1 / 2, 1, 1 / 2)
     # By term. `step` evaluates the second one at its end, and `backward_step` at its
     # start, which is the end of the step before.
-    shared_evaluations = ((0,), (None,))
+    shared_evaluations = ((0,), (None,))  # pyright: ignore
     carried_evaluations = ((None,), (0,))
 
     def order(self, terms: PyTree[AbstractTerm]) -> int:
@@ -104,9 +98,10 @@ class VelocityVerlet(AbstractReversibleSolver):
         q0, v0 = y0
         control1, control2 = _controls(terms, t0, t1)
 
-        vf0 = _evaluate_if(made_jump, kick, t0, q0, args, solver_state)
+        vf0 = evaluate_where(made_jump, lambda: kick.vf(t0, q0, args), solver_state)
         vhalf = (v0**ω + kick.prod(vf0, control2) ** ω).ω
-        q1 = (q0**ω + drift.vf_prod(_half(t0, t1), vhalf, args, control1) ** ω).ω
+        thalf = time_inside(t0, t1, 0.5)
+        q1 = (q0**ω + drift.vf_prod(thalf, vhalf, args, control1) ** ω).ω
         vf1 = kick.vf(t1, q1, args)
         v1 = (vhalf**ω + kick.prod(vf1, control2) ** ω).ω
 
@@ -129,7 +124,8 @@ class VelocityVerlet(AbstractReversibleSolver):
         control1, control2 = _controls(terms, t0, t1)
 
         vhalf = (v1**ω - kick.prod(solver_state, control2) ** ω).ω
-        q0 = (q1**ω - drift.vf_prod(_half(t0, t1), vhalf, args, control1) ** ω).ω
+        thalf = time_inside(t0, t1, 0.5)
+        q0 = (q1**ω - drift.vf_prod(thalf, vhalf, args, control1) ** ω).ω
         vf0 = kick.vf(t0, q0, args)
         v0 = (vhalf**ω - kick.prod(vf0, control2) ** ω).ω
 
@@ -148,18 +144,9 @@ class VelocityVerlet(AbstractReversibleSolver):
     ) -> _SolverState:
         del recorded
         # Undoing a step across a jump leaves us with the vector field after the jump.
-        return _evaluate_if(made_jump, terms[1], t1, y1[0], args, solver_state)
-
-    def func(
-        self,
-        terms: tuple[AbstractTerm, AbstractTerm],
-        t0: RealScalarLike,
-        y0: tuple[Y, Y],
-        args: Args,
-    ) -> VF:
-        term_1, term_2 = terms
-        y0_1, y0_2 = y0
-        return term_1.vf(t0, y0_2, args), term_2.vf(t0, y0_1, args)
+        return evaluate_where(
+            made_jump, lambda: terms[1].vf(t1, y1[0], args), solver_state
+        )
 
 
 VelocityVerlet.__init__.__doc__ = """**Arguments:** None"""
@@ -171,26 +158,3 @@ def _controls(
     """The first one over the step, and half of the second one."""
     drift, kick = terms
     return drift.contr(t0, t1), (0.5 * kick.contr(t0, t1) ** ω).ω
-
-
-def _half(t0: RealScalarLike, t1: RealScalarLike) -> RealScalarLike:
-    return t0 + 0.5 * (t1 - t0)
-
-
-def _evaluate_if(
-    pred: BoolScalarLike,
-    term: AbstractTerm,
-    t: RealScalarLike,
-    y: Y,
-    args: Args,
-    otherwise: VF,
-) -> VF:
-    """The vector field if `pred`. If that is `False` of all of a batch then it is not
-    evaluated."""
-    if pred is False:
-        return otherwise
-    return lax.cond(
-        eqxi.unvmap_any(pred),
-        lambda: lax.cond(pred, lambda: term.vf(t, y, args), lambda: otherwise),
-        lambda: otherwise,
-    )

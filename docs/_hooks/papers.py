@@ -27,11 +27,25 @@ Row = dict[str, Any]
 
 def on_page_markdown(markdown, **kwargs):
     del kwargs
-    return _mark.sub(lambda match: tables[match[1]](), markdown)
+    return _mark.sub(lambda match: _table_of(match[1]), markdown)
+
+
+def _table_of(name: str) -> str:
+    try:
+        return tables[name]()
+    except NotMeasured:
+        return "Not measured yet."
+
+
+class NotMeasured(Exception):
+    """There are no rows of this part of a paper."""
 
 
 def _part(paper: str, part: str) -> list[Row]:
-    return [row for row in _read(paper) if row["part"] == part]
+    rows = [row for row in _read(paper) if row["part"] == part]
+    if len(rows) == 0:
+        raise NotMeasured(paper, part)
+    return rows
 
 
 def _values(rows: Iterable[Row], name: str) -> list[Any]:
