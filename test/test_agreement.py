@@ -23,6 +23,7 @@ _like_others = {
     "BitExact(ReversibleHeun)",
     "BitExact(Bosh3)",
     "BitExact(UReversible(Heun))",
+    "PositionVerlet",
     "Ruth3",
     "ForestRuth",
     "HalfSolver(Bosh3)",

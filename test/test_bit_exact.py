@@ -301,6 +301,8 @@ def _short_loss(case, adjoint, y0, scale):
     return jnp.sum(ys**2)
 
 
+# Diffrax looks into one wrapper, and not into the second one.
+@pytest.mark.filterwarnings("ignore:`BitExact` is not marked as converging")
 @pytest.mark.slow
 @pytest.mark.parametrize("is_batch", (False, True))
 @pytest.mark.parametrize("case", _cases)
@@ -532,3 +534,26 @@ def test_out_of_range():
 def test_refused(make, match):
     with pytest.raises(ValueError, match=match):
         make()
+
+
+@pytest.mark.parametrize(
+    "solver, match",
+    (
+        (diffrax.AsynchronousLeapfrog(), "vector field is not like `y0`"),
+        (diffrax.Euler(), "converges to the Itô solution"),
+    ),
+)
+def test_refused_for_sdes(solver, match):
+    with pytest.raises(ValueError, match=match):
+        diffrax.diffeqsolve(
+            _stochastic(_brownian),
+            diffrax.BitExact(solver),
+            *(0.0, 2.0, 0.1, jnp.array([0.3, -0.4]), jnp.array(0.8)),
+        )
+
+
+def test_refused_precision():
+    term = diffrax.ODETerm(lambda t, y, args: -y)
+    solver = diffrax.BitExact(diffrax.ReversibleHeun())
+    with pytest.raises(ValueError, match="32 or 64 bits"):
+        diffrax.diffeqsolve(term, solver, 0.0, 1.0, 0.1, jnp.ones(2, jnp.float16))

@@ -92,6 +92,10 @@ class BitExact(AbstractReversibleSolver, AbstractWrappedSolver):
     shared](../extending.md#evaluating-once), as each would not be rounded like the
     other.
 
+    When solving SDEs, converges to the Stratonovich solution if the wrapped method
+    does. `AsynchronousLeapfrog` is not for them here; and of `UReversible`, Diffrax warns
+    that it does not know, as it looks into one wrapper and not into a second one.
+
     **Its gradient** is that of the steps without rounding, taken at the points of the
     lattice. (The derivative of rounding is zero almost everywhere, and of no use.) It
     is the same by every adjoint. By [`diffrax.ReversibleAdjoint`][], with
@@ -428,5 +432,5 @@ BitExact.__init__.__doc__ = """**Arguments:**
 
 `ValueError` if the solver is none of these, or if one of the other arguments is outside
 its range; and (when solving) if `y0` is of another precision than 32 or 64 bits, or if
-an Euler method is to solve an SDE.
+an Euler method is to solve an SDE, or `AsynchronousLeapfrog` an SDE or a CDE.
 """

@@ -4,7 +4,9 @@ import abc
 from collections.abc import Callable
 from typing import ClassVar
 
+import equinox as eqx
 import equinox.internal as eqxi
+import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -129,7 +131,14 @@ class Asynchronous(AbstractExactStep):
     others_start_at_y: ClassVar[bool] = False
 
     def others(self, terms, t0, y0, args):
-        return (terms.vf(t0, y0, args),)
+        vf = terms.vf(t0, y0, args)
+        if not _is_like(vf, y0):
+            raise ValueError(
+                "Cannot use `BitExact(AsynchronousLeapfrog(...))` with terms whose "
+                "vector field is not like `y0`, such as those of SDEs and CDEs. "
+                "Consider using `BitExact(ReversibleHeun())`."
+            )
+        return (vf,)
 
     @property
     def _damping(self) -> Damping | None:
@@ -188,6 +197,11 @@ class Asynchronous(AbstractExactStep):
         first, second = made.kicks
         difference = (second.increment**ω - first.increment**ω).ω
         return (difference**ω / (2 * self.solver.eta)).ω
+
+
+def _is_like(x: PyTree, y: PyTree) -> bool:
+    like = lambda tree: jax.eval_shape(lambda: jtu.tree_map(jnp.asarray, tree))
+    return eqx.tree_equal(like(x), like(y)) is True
 
 
 def _where_any(
