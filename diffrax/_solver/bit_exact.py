@@ -93,8 +93,8 @@ class BitExact(AbstractReversibleSolver, AbstractWrappedSolver):
     other.
 
     When solving SDEs, converges to the Stratonovich solution if the wrapped method
-    does. `AsynchronousLeapfrog` is not for them here; and of `UReversible`, Diffrax warns
-    that it does not know, as it looks into one wrapper and not into a second one.
+    does. `AsynchronousLeapfrog` is not for them here; and of `UReversible`, Diffrax
+    warns that it does not know, as it looks into one wrapper and not into a second one.
 
     **Its gradient** is that of the steps without rounding, taken at the points of the
     lattice. (The derivative of rounding is zero almost everywhere, and of no use.) It
