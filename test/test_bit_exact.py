@@ -188,7 +188,7 @@ def _report(loss, *args, checkpoints=0):
 def _assert_exact(report):
     # Of the first step, to which all others are gone back over: infinite, if as much as
     # one bit is another one.
-    assert report.num_steps > 1
+    assert jnp.all(report.num_steps > 1)
     assert jnp.all(report.rounding[..., 0] == 0)
 
 
