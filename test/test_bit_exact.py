@@ -556,4 +556,4 @@ def test_refused_precision():
     term = diffrax.ODETerm(lambda t, y, args: -y)
     solver = diffrax.BitExact(diffrax.ReversibleHeun())
     with pytest.raises(ValueError, match="32 or 64 bits"):
-        diffrax.diffeqsolve(term, solver, 0.0, 1.0, 0.1, jnp.ones(2, jnp.float16))
+        solver.init(term, 0.0, 1.0, jnp.ones(2, jnp.float16), None)
