@@ -160,7 +160,8 @@ def _loss(problem, name, solver, num_steps, certificate, y0, args):
         adjoint=diffrax.ReversibleAdjoint(0, certificate, "ignore"),
         throw=False,
     )
-    return sum(jnp.sum(y**2) for y in sol.ys)
+    ys: Any = sol.ys
+    return sum(jnp.sum(y**2) for y in ys)
 
 
 def _problem(problem: str, dtype: Any) -> tuple[int, Any]:
@@ -241,6 +242,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.smoke:
         args.solver, args.steps, args.repeats = ["LeapfrogMidpoint"], 100, 1
+    output: pathlib.Path | None = args.output
     jax.config.update("jax_enable_x64", True)
     heads = ("solve", "gradient", "compiling") * 2
     print(f"{'':26s} {'':7s} same  {'bits':>9s} {'without':>7s}", end="")
@@ -251,8 +253,8 @@ def main() -> None:
             row |= gradient.provenance()
             print_row(row)
             jax.clear_caches()
-            if args.output is not None:
-                with args.output.open("a") as file:
+            if output is not None:
+                with output.open("a") as file:
                     file.write(json.dumps(row) + "\n")
 
 

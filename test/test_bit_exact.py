@@ -309,7 +309,7 @@ def _short_loss(case, adjoint, y0, scale):
 def test_gradient_of_other_solves(case, is_batch):
     y0, scale = jnp.array([0.3, -0.4]), jnp.array(0.8)
     loss = ft.partial(_short_loss, case)
-    find = ft.partial(_report, loss)
+    find: Any = ft.partial(_report, loss)
     grad = jax.jit(jax.grad(ft.partial(loss, _default), (0, 1)))
     if is_batch:
         y0 = jnp.stack([y0, 2 * y0, -y0])
@@ -384,9 +384,11 @@ def test_random_vector_fields(seed):
         sol = diffrax.diffeqsolve(
             diffrax.ODETerm(bounded),
             solver,
-            *map(dtype, (0.0, 2.0, 0.02)),
-            y0,
-            args,
+            t0=dtype(0.0),
+            t1=dtype(2.0),
+            dt0=dtype(0.02),
+            y0=y0,
+            args=args,
             adjoint=adjoint,
         )
         ys: Any = sol.ys
