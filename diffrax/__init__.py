@@ -23,6 +23,7 @@ from ._solver import (
     AbstractReversibleSolver as AbstractReversibleSolver,
     AbstractSplitting as AbstractSplitting,
     AsynchronousLeapfrog as AsynchronousLeapfrog,
+    BitExact as BitExact,
     BlanesMoan4 as BlanesMoan4,
     BlanesMoan6 as BlanesMoan6,
     BlanesMoanRKN6 as BlanesMoanRKN6,

@@ -23,6 +23,7 @@ from ._progress_meter import AbstractProgressMeter, NoProgressMeter
 from ._reversal import (
     AbstractReversal,
     AlgebraicReversal,
+    ExactReversal,
     NoReversal,
     NumericalReversal,
 )
@@ -364,7 +365,9 @@ def _choose_reversal(solver: AbstractSolver, solver_state: PyTree) -> AbstractRe
     # `isinstance` looks through wrappers. Being able to undo the step of the solver
     # inside does not mean being able to undo that of the wrapper.
     if issubclass(type(solver), AbstractReversibleSolver):
-        return AlgebraicReversal(cast(AbstractReversibleSolver, solver))
+        reversible = cast(AbstractReversibleSolver, solver)
+        cls = ExactReversal if reversible.is_bit_exact else AlgebraicReversal
+        return cls(reversible)
     if type(solver) is HalfSolver and issubclass(
         type(solver.solver), AbstractReversibleSolver
     ):

@@ -1,6 +1,6 @@
 from . import _solver
 from ._adjoint import ReversibleAdjoint
-from ._solver import _upstream_init, FixedPointReversible, UReversible
+from ._solver import _upstream_init, BitExact, FixedPointReversible, UReversible
 from ._upstream_autocitation import *  # noqa: F403
 from ._upstream_autocitation import (
     _parse_reference as _parse_reference,
@@ -18,7 +18,7 @@ _added = {
     cls
     for name, cls in vars(_solver).items()
     if isinstance(cls, type) and name not in vars(_upstream_init)
-} - {FixedPointReversible, UReversible}
+} - {BitExact, FixedPointReversible, UReversible}
 
 
 def _added_solver(solver):
@@ -48,6 +48,21 @@ def _reversible_solver(solver, saveat=None):
 """
             + _parse_reference(UReversible)
             + ("" if wrapped is None else "\n\n" + wrapped.strip())
+        )
+
+
+@citation_rules.append
+def _bit_exact_solver(solver, saveat=None):
+    if type(solver) is BitExact:
+        wrapped = solver.solver
+        cite = _reversible_solver if type(wrapped) is UReversible else _cite_wrapped
+        found = cite(wrapped, saveat)
+        return (
+            r"""
+% You are using a solver that recovers every bit (`BitExact`). This was introduced in:
+"""
+            + "\n\n".join(_parse_reference_multi(BitExact))
+            + ("" if found is None else "\n\n" + found.strip())
         )
 
 

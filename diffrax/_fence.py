@@ -116,7 +116,11 @@ def fence(terms: PyTree[AbstractTerm], y: Y) -> PyTree[AbstractTerm]:
     """The same terms, with a fence around each evaluation that needs one."""
     if _size(y) < _least_size:
         return terms
-    return map_single_terms(lambda term: _Fenced(term, _Seen()), terms)
+    return map_single_terms(_fence, terms)
+
+
+def _fence(term: Any) -> Any:
+    return term if isinstance(term, _Fenced) else _Fenced(term, _Seen())
 
 
 def _needs_fence(jaxpr: Any) -> bool:

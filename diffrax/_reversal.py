@@ -40,6 +40,8 @@ class AbstractReversal(eqx.Module):
     max_corrections: eqx.AbstractVar[int]
     # Whether there is a `step_back`. If not then every step is made from a known state.
     can_step_back: eqx.AbstractClassVar[bool]
+    # Whether that is said to recover every bit.
+    is_exact: ClassVar[bool] = False
 
     @property
     def knows_controls(self) -> bool:
@@ -184,6 +186,12 @@ class AlgebraicReversal(AbstractReversal):
                     f"{eqx.tree_pformat(at_t1)}, but it is {eqx.tree_pformat(at_t0)}."
                 )
         return y0, solver_state0
+
+
+class ExactReversal(AlgebraicReversal):
+    """Steps that can be undone to the last bit."""
+
+    is_exact: ClassVar[bool] = True
 
 
 def _are_indices(x: Any) -> bool:

@@ -10,6 +10,8 @@ storing states that are nearer to each other, and it starts over. Segments of on
 are right as they are.
 """
 
+import functools as ft
+
 import equinox as eqx
 import equinox.internal as eqxi
 import jax.lax as lax
@@ -205,6 +207,12 @@ class ReversePass(eqx.Module):
         length = jnp.asarray(stretch.start - index, differs.dtype)
         differs = jnp.where(val.tried, length * differs, 0)
         signals = eqx.tree_at(lambda s: s.cotangents, round_.signals, differs)
+        if self.step.closed.reversal.is_exact:
+            # A single bit, somewhere on the way, may have become any error since.
+            is_wrong = try_ & jnp.invert(_has_same_bits((new.y, new.hint), state0))
+            signals = eqx.tree_at(
+                lambda s: s.rounding, signals, jnp.where(is_wrong, jnp.inf, 0)
+            )
         signals = jtu.tree_map(lambda x: jnp.where(jnp.isnan(x), jnp.inf, x), signals)
         corrections, search = jnp.array(0), None
         if round_.search is not None:
@@ -451,3 +459,18 @@ class ReversePass(eqx.Module):
 def _cotangents(position: Position) -> PyTree[Array]:
     grad_times = position.grad_times
     return position.grad_y, position.grad_solver_state, position.grads, grad_times
+
+
+def _has_same_bits(state: PyTree, other: PyTree) -> Bool[Array, ""]:
+    """Whether `y` is the same; and the integers of the solver state. (If a step started
+    with a jump then its vector fields may be others.)"""
+    (y, solver_state), (other_y, other_solver_state) = state, other
+    is_integer = lambda x: eqx.is_array(x) and not eqx.is_inexact_array(x)
+    pairs = zip(
+        jtu.tree_leaves((y, eqx.filter(solver_state, is_integer))),
+        jtu.tree_leaves((other_y, eqx.filter(other_solver_state, is_integer))),
+        strict=True,
+    )
+    return ft.reduce(
+        jnp.logical_and, [jnp.all(a == b) for a, b in pairs], jnp.array(True)
+    )

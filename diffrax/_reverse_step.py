@@ -394,6 +394,9 @@ class ReverseStep(eqx.Module):
         closed = self.closed
         if closed.certificate != "full" or not closed.reversal.can_step_back:
             return None
+        if closed.reversal.is_exact:
+            # Nothing is rounded. Whether that is so, is seen at the next known state.
+            return None
         return Probe.start(self._rounding(index, y, hint, None))
 
     def _rounding(

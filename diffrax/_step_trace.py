@@ -33,7 +33,9 @@ class Signals(eqx.Module):
     - `drift`: how far a step from a known state ends from where going back had come by.
     - `residual`: how far a step ends from where it should that starts from where it was
         found to start.
-    - `rounding`: how large an error has become there that was carried along.
+    - `rounding`: how large an error has become there that was carried along. Where
+        nothing is said to be rounded: infinite at a step that did not lead back to
+        every bit of a known state.
     - `cotangents`: by how much those that come of a known state differ from those that
         come of the state which going back would have led to, times the number of steps
         of the segment.

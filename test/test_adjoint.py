@@ -540,7 +540,11 @@ def test_citation(capsys):
     assert "UReversible" in out
     assert "ReversibleAdjoint" in out
     # A solver that wraps another one cites that, too.
-    for wrapper in (diffrax.UReversible, diffrax.FixedPointReversible):
+    for wrapper in (
+        diffrax.UReversible,
+        diffrax.FixedPointReversible,
+        diffrax.BitExact,
+    ):
         diffrax.citation(solver=wrapper(diffrax.Tsit5()))
         assert "tsitouras2011runge" in capsys.readouterr().out
     for solver, key in (
@@ -548,6 +552,8 @@ def test_citation(capsys):
         (diffrax.EES25(), "shmelev2025explicit"),
         (diffrax.GaussLegendre4(), "hairer2006geometric"),
         (diffrax.UReversible(diffrax.EES27()), "shmelev2025explicit"),
+        (diffrax.BitExact(diffrax.PEFRL()), "rein2018janus"),
+        (diffrax.BitExact(diffrax.UReversible(diffrax.Heun())), "mccallum2024"),
     ):
         diffrax.citation(solver=solver)
         assert key in capsys.readouterr().out

@@ -17,6 +17,13 @@ from .agreement import CASES, compare, pairs, SOLVERS
 # turns; and one case with every other solver, but for those that differ from others
 # only by their tableau, or by what is wrapped.
 _like_others = {
+    "BitExact(VelocityVerlet)",
+    "BitExact(LeapfrogMidpoint)",
+    "BitExact(AsynchronousLeapfrog)",
+    "BitExact(ReversibleHeun)",
+    "BitExact(Bosh3)",
+    "BitExact(UReversible(Heun))",
+    "PositionVerlet",
     "Ruth3",
     "ForestRuth",
     "HalfSolver(Bosh3)",

@@ -168,7 +168,10 @@ def _has_a_large_entry(t, y, args):
     return jnp.stack([1e8 * jnp.cos(t), -args * (y[1] ** 3 - jnp.cos(3 * t) - 1.2)])
 
 
-@pytest.mark.parametrize("num_steps, checkpoints", ((100, 16), (400, 4)))
+@pytest.mark.parametrize(
+    "num_steps, checkpoints",
+    (pytest.param(100, 16, marks=pytest.mark.slow), (400, 4)),
+)
 @pytest.mark.parametrize(
     "field, y0, args",
     ((_grows, [1.0], 3.0), (_has_a_large_entry, [1e8, 1.0], 5.0)),
@@ -311,7 +314,10 @@ def test_rounding(dtype):
 @pytest.mark.parametrize(
     "solver, rtol",
     # It grows by a factor of 20, and in closed form to first order in each of 25 times.
-    ((diffrax.Heun(), 0.1), (diffrax.UReversible(diffrax.Heun()), 0.25)),
+    (
+        pytest.param(diffrax.Heun(), 0.1, marks=pytest.mark.slow),
+        (diffrax.UReversible(diffrax.Heun()), 0.25),
+    ),
 )
 def test_rounding_over_several_steps(solver, rtol, monkeypatch):
     # Where steps are small, the error is carried over about four of them at a time: as

@@ -35,6 +35,8 @@ _SOLVERS = {
     "ReversibleHeun": diffrax.ReversibleHeun(),
     "ImplicitMidpoint": diffrax.ImplicitMidpoint(),
     "GaussLegendre4": diffrax.GaussLegendre4(),
+    "BitExact(SemiImplicitEuler)": diffrax.BitExact(diffrax.SemiImplicitEuler(), 100.0),
+    "BitExact(ReversibleHeun)": diffrax.BitExact(diffrax.ReversibleHeun(), 100.0),
     "HalfSolver(ReversibleHeun)": ReversibleHalfSolver(diffrax.ReversibleHeun()),
     "HalfSolver(UReversible(Bosh3))": ReversibleHalfSolver(
         diffrax.UReversible(diffrax.Bosh3())

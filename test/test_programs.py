@@ -362,7 +362,7 @@ _programs = {
 }
 
 
-_quick = ("neural ODE", "neural CDE")
+_quick = ("neural ODE",)
 _value_and_grad: Any = eqx.filter_jit(
     lambda name, params, adjoint: eqx.filter_value_and_grad(_programs[name].loss)(
         params, adjoint

@@ -144,7 +144,11 @@ def test_hard_problems(name, rtol, batch):
 @pytest.mark.parametrize(
     "solver, controller",
     (
-        (diffrax.UReversible(diffrax.Heun(), 0.5), diffrax.ConstantStepSize()),
+        pytest.param(
+            diffrax.UReversible(diffrax.Heun(), 0.5),
+            diffrax.ConstantStepSize(),
+            marks=pytest.mark.slow,
+        ),
         # Cannot be undone at all.
         (diffrax.Kvaerno3(), diffrax.PIDController(rtol=1e-4, atol=1e-6)),
         pytest.param(

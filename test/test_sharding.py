@@ -217,7 +217,11 @@ def _expected_of_batch(name):
 
 @pytest.mark.parametrize(
     "name",
-    ("Tsit5", "ReversibleHeun", pytest.param("event, dense", marks=pytest.mark.slow)),
+    (
+        "Tsit5",
+        pytest.param("ReversibleHeun", marks=pytest.mark.slow),
+        pytest.param("event, dense", marks=pytest.mark.slow),
+    ),
 )
 def check_shard_map(name):
     divided = _put(P(), _args), _put(P("x"), _members)

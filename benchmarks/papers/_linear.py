@@ -74,7 +74,7 @@ def _matrix_of(fn: Callable[[Any], Any], at: Any) -> Array:
     """The Jacobian of a function from a PyTree to one of the same structure, with
     respect to its leaves that are like `y`."""
     leaves, treedef = jtu.tree_flatten(at)
-    varies = [jnp.shape(x) == (2,) for x in leaves]
+    varies = [jnp.shape(x) == (2,) and eqx.is_inexact_array(x) for x in leaves]
 
     def flat(vector):
         parts = iter(vector.reshape(-1, 2))

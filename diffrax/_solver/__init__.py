@@ -1,6 +1,7 @@
 from ._upstream_init import *  # noqa: F403
 from .asynchronous_leapfrog import AsynchronousLeapfrog as AsynchronousLeapfrog
 from .base import AbstractReversibleSolver as AbstractReversibleSolver
+from .bit_exact import BitExact as BitExact
 from .compositions import (
     BlanesMoan4 as BlanesMoan4,
     BlanesMoan6 as BlanesMoan6,

@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 from equinox.internal import ω
 
 from .._custom_types import Args, BoolScalarLike, DenseInfo, RealScalarLike
@@ -67,6 +69,20 @@ class SemiImplicitEuler(_SemiImplicitEuler, AbstractReversibleSolver):
         y0 = (y0_1, y0_2)
         dense_info = dict(y0=y0, y1=y1)
         return y0, dense_info, None
+
+    def shears(
+        self,
+        terms: tuple[AbstractTerm, AbstractTerm],
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        args: Args,
+    ) -> list[tuple[int, Callable]]:
+        controls = [term.contr(t0, t1) for term in terms]
+
+        def shear(i):
+            return lambda y: terms[i].vf_prod(t0, y[1 - i], args, controls[i])
+
+        return [(0, shear(0)), (1, shear(1))]
 
 
 SemiImplicitEuler.__init__.__doc__ = """**Arguments:** None"""

@@ -142,13 +142,9 @@ class AbstractSplitting(AbstractReversibleSolver):
         made_jump: BoolScalarLike,
     ) -> tuple[tuple[Y, Y], _ErrorEstimate, DenseInfo, _SolverState, RESULTS]:
         del solver_state, made_jump
-        controls = [term.contr(t0, t1) for term in terms]
         y: Any = list(y0)
-        for half, size, time in _moves(self.coefficients):
-            control = (size * controls[half] ** ω).ω
-            t = time_inside(t0, t1, time)
-            increment = terms[half].vf_prod(t, y[1 - half], args, control)
-            y[half] = (y[half] ** ω + increment**ω).ω
+        for half, increment in self.shears(terms, t0, t1, args):
+            y[half] = (y[half] ** ω + increment(y) ** ω).ω
         y1 = tuple(y)
         return y1, None, dict(y0=y0, y1=y1), None, RESULTS.successful
 
@@ -163,15 +159,30 @@ class AbstractSplitting(AbstractReversibleSolver):
         made_jump: BoolScalarLike,
     ) -> tuple[tuple[Y, Y], DenseInfo, _SolverState]:
         del solver_state, made_jump
-        controls = [term.contr(t0, t1) for term in terms]
         y: Any = list(y1)
-        for half, size, time in reversed(_moves(self.coefficients)):
-            control = (size * controls[half] ** ω).ω
-            t = time_inside(t0, t1, time)
-            increment = terms[half].vf_prod(t, y[1 - half], args, control)
-            y[half] = (y[half] ** ω - increment**ω).ω
+        for half, increment in reversed(self.shears(terms, t0, t1, args)):
+            y[half] = (y[half] ** ω - increment(y) ** ω).ω
         y0 = tuple(y)
         return y0, dict(y0=y0, y1=y1), None
+
+    def shears(
+        self,
+        terms: tuple[AbstractTerm, AbstractTerm],
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        args: Args,
+    ) -> list[tuple[int, Callable]]:
+        controls = [term.contr(t0, t1) for term in terms]
+
+        def shear(half, size, time):
+            def increment(y):
+                control = (size * controls[half] ** ω).ω
+                t = time_inside(t0, t1, time)
+                return terms[half].vf_prod(t, y[1 - half], args, control)
+
+            return half, increment
+
+        return [shear(*move) for move in _moves(self.coefficients)]
 
     def func(
         self,

@@ -352,6 +352,39 @@ def _corrections() -> str:
     return _table(["Problem", "$h L$", *ways, "found"], cells)
 
 
+def _bit_exact() -> str:
+    cells = []
+    for row in _read("bit_exact"):
+        exact, plain = row["exact"], row.get("plain")
+        if plain is None:
+            missed = "–"
+        elif plain["missed"] is None:
+            missed = "overflows"
+        else:
+            missed = f"{plain['missed']:.0e}"
+        cells.append(
+            [
+                f"`{row['solver']}`, {row['dtype']}",
+                "every bit" if exact["exact"] else "not every bit",
+                missed,
+                f"{exact['stored_bits']:.2g}" if exact["stored_bits"] > 0 else "0",
+                *(
+                    f"{row[problem][what]:.2g}"
+                    for problem in ("small", "network")
+                    for what in ("solve", "gradient")
+                ),
+                f"{row['network']['compiling']:.2g}",
+            ]
+        )
+    head = ["", "Back came", "Without it: missed by", "Stored bits"]
+    head += ["Small: solve", "Gradient", "Network: solve", "Gradient", "Compiling"]
+    return _table(head, cells)
+
+
+def _bit_exact_machine() -> str:
+    return _machine("bit_exact")
+
+
 def _peers_machine() -> str:
     return _machine("peers")
 
@@ -381,6 +414,8 @@ tables = {
     "corrections": _corrections,
     "solvers": _solvers,
     "solvers machine": _solvers_machine,
+    "bit exact": _bit_exact,
+    "bit exact machine": _bit_exact_machine,
     "peers": _peers,
     "peers machine": _peers_machine,
 }

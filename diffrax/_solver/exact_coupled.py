@@ -1,0 +1,104 @@
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from equinox.internal import ω
+from jaxtyping import PyTree
+
+from .._custom_types import RealScalarLike
+from .._damped_gap import Damping
+from .._lattice import full_size
+from .._moves import Damp, Kick, Point
+from .euler import Euler
+from .exact_steps import AbstractExactStep, Made
+from .reversible import (
+    _combine,
+    _last_stage,
+    _negative,
+    _norm,
+    _stages,
+    UReversible,
+)
+
+
+class Coupled(AbstractExactStep):
+    """`UReversible`; or what it would be for a `coupling_parameter` of one, with which
+    nothing is forgotten."""
+
+    solver: UReversible
+    is_damped: bool
+    max_steps: int
+    size: PyTree[RealScalarLike]
+
+    def others(self, terms, t0, y0, args):
+        return (y0,)
+
+    @property
+    def _damping(self) -> Damping:
+        return Damping.nearest(float(self.solver.coupling_parameter), self.max_steps)
+
+    def stacks(self, counts):
+        return self._damping.start(counts[0]) if self.is_damped else None
+
+    def moves(self, step, carry):
+        del carry
+        tableau = self.solver._tableau
+        control = step.terms.contr(step.t0, step.t1)
+
+        def forward(values):
+            _, z = values
+            return _stages(tableau, step.terms, step.t0, step.t1, z, step.args, control)
+
+        def backward(values):
+            y, _ = values
+            negative = _negative(control)
+            return _stages(
+                tableau, step.terms, step.t1, step.t0, y, step.args, negative
+            )
+
+        def increment(k):
+            return _combine(tableau.b_sol, k)
+
+        def decrement(k):
+            return _negative(_combine(tableau.b_sol, k))
+
+        damp = [Damp(self._damping)] if self.is_damped else []
+        return [*damp, Kick(0, forward, increment), Kick(1, backward, decrement)]
+
+    def _gap(self, point: Point) -> PyTree:
+        y, z = point.values
+        return (y**ω - z**ω).ω
+
+    def _all_stages(self, made: Made) -> list[PyTree]:
+        first, second = made.kicks
+        tableau = self.solver._tableau
+        return _last_stage(tableau, first.evaluated, second.evaluated)
+
+    def dense_info(self, made):
+        info = super().dense_info(made)
+        if isinstance(self.solver.solver, Euler):
+            return info
+        # Where each stage gets an equal share of what is lost of the gap: see
+        # `UReversible`.
+        factor = self._damping.factor if self.is_damped else 1.0
+        lost = ((1 - factor) * self._gap(made.start) ** ω).ω
+        k = jtu.tree_map(
+            lambda d, *x: jnp.stack([xi - d for xi in x]), lost, *self._all_stages(made)
+        )
+        return dict(info, k=k)
+
+    def error(self, made):
+        error = _combine(self.solver._tableau.b_error, self._all_stages(made))
+        if not self.is_damped:
+            return jtu.tree_map(jnp.abs, error)
+        gaps = self._gap(made.start), self._gap(made.end)
+        infinite = jtu.tree_map(
+            lambda x: jnp.array(jnp.inf, jnp.finfo(x.dtype).dtype), error
+        )
+        return jtu.tree_map(self.solver._error, error, *gaps, infinite)
+
+    def has_failed(self, point):
+        y, _ = point.values
+        failed = jnp.array(False)
+        sizes = full_size(y, self.size)
+        for x, gap, size in zip(*map(jtu.tree_leaves, (y, self._gap(point))), sizes):
+            failed |= _norm(gap) > self.solver.max_gap * jnp.maximum(_norm(x), size)
+        return failed
