@@ -176,30 +176,29 @@ def exact(name: str) -> np.ndarray:
     return np.asarray(y1)
 
 
-def errors(name: str, solver: Any, stop: float) -> dict[int, float]:
+def errors(name: str, solver: Any, stop: float, ratio: float = 2.0) -> dict[int, float]:
     """By the number of steps, up to that of which the error is less than `stop`."""
     problem, found = PROBLEMS[name], {}
     adjoint = diffrax.RecursiveCheckpointAdjoint()
     fn = jax.jit(
         lambda n: solve(problem, solver, adjoint, MOST_STEPS, n, problem.params)
     )
-    num_steps = 4
-    while num_steps <= MOST_STEPS:
+    numbers = 4 * ratio ** np.arange(math.log(MOST_STEPS / 4, ratio) + 1e-6)
+    for num_steps in map(round, numbers.tolist()):
         difference = np.asarray(fn(jnp.asarray(num_steps))) - exact(name)
         error = np.max(np.abs(difference)) / np.max(np.abs(exact(name)))
         found[num_steps] = float(error)
         if error < stop:
             break
-        num_steps *= 2
     return found
 
 
 def order(solver: Any) -> float:
-    """As measured: between the last two numbers of steps that rounding does not
-    matter for."""
-    found = [x for x in errors("pendulum", solver, 3e-11).items() if x[1] > 3e-11]
-    (n, error), (n2, error2) = found[-2:]
-    return math.log(error / error2) / math.log(n2 / n)
+    """As measured: the slope of the last five errors that rounding does not matter
+    for."""
+    found = errors("pendulum", solver, 1e-11, ratio=2**0.25)
+    numbers, of = zip(*[x for x in found.items() if x[1] > 1e-11][-5:])
+    return -float(np.polyfit(np.log(numbers), np.log(of), 1)[0])
 
 
 def steps_to(name: str, solver: Any) -> int | None:

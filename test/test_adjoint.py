@@ -72,7 +72,12 @@ def _temp_size(solver, controller, num_steps):
         ),
         (diffrax.ReversibleHeun(), _adaptive, 8),
         # The start of the step before the last one.
-        (diffrax.LeapfrogMidpoint(), diffrax.ConstantStepSize(), 16),
+        pytest.param(
+            diffrax.LeapfrogMidpoint(),
+            diffrax.ConstantStepSize(),
+            16,
+            marks=pytest.mark.slow,
+        ),
         # Both ends of each step, and whether there was a jump.
         (
             _solver,
@@ -272,7 +277,11 @@ def test_own_controller(jit):
 @pytest.mark.parametrize(
     "coupling_parameter, num_steps, t1",
     # Rounding is multiplied by `coupling_parameter**-num_steps`.
-    ((0.5, 60, 5.0), (0.5, 2000, 5.0), (0.9, 400, 5.0)),
+    (
+        (0.5, 60, 5.0),
+        pytest.param(0.5, 2000, 5.0, marks=pytest.mark.slow),
+        pytest.param(0.9, 400, 5.0, marks=pytest.mark.slow),
+    ),
 )
 def test_drift(coupling_parameter, num_steps, t1):
     solver = diffrax.UReversible(diffrax.Heun(), coupling_parameter)

@@ -15,10 +15,11 @@ from .agreement import CASES, compare, pairs, SOLVERS
 # What is compiled here takes most of the time of the whole suite. So the quick part of
 # it is every case with one of those solvers that are quick to compile, which take
 # turns; and one case with every other solver, but for those that differ from others
-# only by their tableau.
+# only by their tableau, or by what is wrapped.
 _like_others = {
     "Ruth3",
     "ForestRuth",
+    "HalfSolver(Bosh3)",
     "HalfSolver(VelocityVerlet)",
     "Dopri5",
     "Dopri8",
@@ -28,6 +29,7 @@ _like_others = {
     "UReversible(Midpoint)",
     "UReversible(Ralston)",
     "UReversible(Bosh3)",
+    "UReversible(Tsit5)",
     "UReversible(Dopri5)",
     "UReversible(Dopri8)",
 }

@@ -128,7 +128,12 @@ def _random_errors(key, rate, dt0, layout):
 
 
 @pytest.mark.parametrize(
-    "layout", ("leaves", pytest.param("stacked", marks=pytest.mark.slow), "growing")
+    "layout",
+    (
+        "leaves",
+        pytest.param("stacked", marks=pytest.mark.slow),
+        pytest.param("growing", marks=pytest.mark.slow),
+    ),
 )
 @hypothesis.given(
     seed=st.integers(0, 2**31 - 1),

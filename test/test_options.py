@@ -72,8 +72,13 @@ _each_way = pytest.mark.parametrize(
     "kwargs",
     (
         dict(),
-        dict(
-            solver=diffrax.ReversibleHeun(), stepsize_controller=_jumps, max_steps=256
+        pytest.param(
+            dict(
+                solver=diffrax.ReversibleHeun(),
+                stepsize_controller=_jumps,
+                max_steps=256,
+            ),
+            marks=pytest.mark.slow,
         ),
         pytest.param(
             dict(solver=diffrax.UReversible(diffrax.Heun())), marks=pytest.mark.slow
@@ -449,7 +454,11 @@ def test_memory_of_hessian_vector_product():
     "solver, levy_area",
     (
         (diffrax.Heun(), diffrax.BrownianIncrement),
-        (diffrax.ReversibleHeun(), diffrax.BrownianIncrement),
+        pytest.param(
+            diffrax.ReversibleHeun(),
+            diffrax.BrownianIncrement,
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             diffrax.SPaRK(), diffrax.SpaceTimeLevyArea, marks=pytest.mark.slow
         ),

@@ -535,7 +535,7 @@ def _levenberg_marquardt(params, adjoint, **options):
         "in custom_vjp",
         "around custom_vjp",
         "BFGS",
-        "Levenberg-Marquardt",
+        pytest.param("Levenberg-Marquardt", marks=pytest.mark.slow),
     ),
 )
 def test_surroundings(fn):
@@ -610,7 +610,9 @@ def _goes_from_start_to_end(percentages: list[float], between: int) -> bool:
     "meter, checkpoints, between",
     (
         # Of 50 steps, and one that is tried.
-        (diffrax.TqdmProgressMeter(refresh_steps=20), 1, 2),
+        pytest.param(
+            diffrax.TqdmProgressMeter(refresh_steps=20), 1, 2, marks=pytest.mark.slow
+        ),
         (diffrax.TextProgressMeter(minimum_increase=0.3), 0, 3),
     ),
     ids=("tqdm", "text"),

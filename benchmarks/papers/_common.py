@@ -113,7 +113,7 @@ def _measure(paper: Paper, args: argparse.Namespace, path: pathlib.Path) -> None
 
 def save(fig: Figure, path: pathlib.Path) -> None:
     file = io.BytesIO()
-    fig.savefig(file, dpi=130, facecolor="white")
+    fig.savefig(file, dpi=130, facecolor="white", bbox_inches="tight")
     plt.close(fig)
     path.write_bytes(compress(file.getvalue(), colours=64))
 

@@ -86,7 +86,7 @@ def _oscillators(t, y, args):
     """Two gliders on an air track between three springs, with a little friction."""
     del t, args
     x1, x2, v1, v2 = y
-    force1, force2 = 20 * (x2 - 2 * x1), 20 * (x1 - 2 * x2)
+    force1, force2 = 4 * (x2 - 2 * x1), 4 * (x1 - 2 * x2)
     return jnp.stack([v1, v2, force1 - 0.1 * v1, force2 - 0.1 * v2])
 
 

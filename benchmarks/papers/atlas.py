@@ -71,6 +71,8 @@ SOLVERS = {
     "BlanesMoanRKN6": Entry(diffrax.BlanesMoanRKN6, of_pairs=True),
     "KahanLi6": Entry(diffrax.KahanLi6, of_pairs=True),
     "KahanLi8": Entry(diffrax.KahanLi8, of_pairs=True),
+    "ImplicitMidpoint": Entry(diffrax.ImplicitMidpoint),
+    "GaussLegendre4": Entry(diffrax.GaussLegendre4),
     "Euler": Entry(diffrax.Euler),
     "Heun": Entry(diffrax.Heun),
     "Bosh3": Entry(diffrax.Bosh3),
@@ -100,7 +102,8 @@ def _rounded(x: np.ndarray) -> list[list[int]]:
 def _measure_one(name: str, num_points: int) -> Row:
     entry = SOLVERS[name]
     re, im = _grid(num_points)
-    on_grid = maps(entry, re + 1j * im[:, None])
+    # Next to round numbers, at some of which a matrix is singular.
+    on_grid = maps(entry, re + 1j * im[:, None] + 1e-6)
     at_points = maps(entry, np.array([-0.1, 0.1j, 0.1]))
     step_decay, *_ = spectral_radius(at_points.forward)
     decay, turn, growth = spectral_radius(at_points.backward)
