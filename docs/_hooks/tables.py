@@ -335,6 +335,23 @@ def _solvers_machine() -> str:
     return _machine("solvers")
 
 
+def _sde_orders() -> str:
+    rows = _read("sde_orders")
+    of = {(row["problem"], row["solver"]): row for row in rows}
+    cells = []
+    for solver in dict.fromkeys(row["solver"] for row in rows):
+        found = [of[problem, solver] for problem in ("commutative", "general")]
+        cells.append([_code(solver), f"{found[0]['claimed']:g}"])
+        for row in found:
+            cells[-1].append(f"{row['strong_order']:.2f}")
+            cells[-1].append(f"{row['strong_errors'][-1]:.0e}")
+            error = row["weak_order_error"]
+            weak = "" if error is None else f"{row['weak_order']:.2f} ± {error:.2f}"
+            cells[-1].append(weak)
+    head = ["Solver", "Claimed", "Strong", "Error", "Weak"]
+    return _table([*head, "Not commutative: strong", "Error", "Weak"], cells)
+
+
 def _corrections() -> str:
     rows = _read("corrections")
     ways = [x for x, of in rows[0].items() if isinstance(of, dict)]
@@ -379,6 +396,7 @@ tables = {
     "ratios": _ratios,
     "least": _least,
     "corrections": _corrections,
+    "sde orders": _sde_orders,
     "solvers": _solvers,
     "solvers machine": _solvers_machine,
     "peers": _peers,
