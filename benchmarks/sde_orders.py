@@ -4,22 +4,30 @@
 
 On two equations over [0, 1]:
 
-- `commutative`: dy = cos(y) (a dt + b o dW), of one dimension, the solution of which is
-  y = gd(c + a t + b W(t)), with gd(x) = 2 arctan(tanh(x / 2));
+- `commutative`: dy = (1 - y) dt + 0.8 cos(y) o dW, of one dimension, so that the noise
+  commutes with itself. It does not commute with the drift: if it did, a step would be
+  one of an ODE, and orders higher than on others.
 - `general`: of two dimensions, with two Brownian motions and noise that does not
-  commute, of which the solution is taken to be that with 4096 steps of Heun's method,
-  along the same `VirtualBrownianTree`.
+  commute.
+
+The solution is taken to be that in 4096 steps, along the same `VirtualBrownianTree`, of
+`Heun`; or of `SlowRK`, for solvers that ask for the space-time Lévy area.
 
 The strong error is the mean of how far the end of a path is off, and the strong order
-is the slope of that over the number of steps. The weak order is that of the mean of
-what halving the steps changes in |y|^2, for which no solution has to be known; it is
-left out if that is not seen to be more than noise. What is expected: 1 for the strong
-order on the first equation, 0.5 on the second one (which no method that knows nothing
-of the Lévy area can exceed), and 1 for the weak order. More on the first equation,
-where drift and noise commute with each other as well, need not mean more on others.
+is its slope over the number of steps, from 16 to 256. The weak order is the slope, from
+4 to 64, of the mean of what halving the steps changes in |y|^2, for which no solution
+has to be known; it is left out if that is not seen to be more than noise. Both have a
+standard error, that of the mean over the paths. What is expected: on the first equation
+a strong order of 1 (1.5 for `SlowRK`), on the second one 0.5, which no method that
+knows nothing of the Lévy area between the two Brownian motions can exceed; and a weak
+order of 1.
+
+Numerical reversal leaves a solver as it is: what is measured of `Heun` or `EES25` is
+what a solve has that `ReversibleAdjoint` undoes. `UReversible` makes another solver,
+and so has rows of its own.
 
 Everything is in float64, and the paths are the same for every solver that asks for the
-same Lévy area. Takes about half an hour on 2 CPU cores.
+same Lévy area. Takes about ten minutes on one CPU core.
 """
 
 import argparse
@@ -31,6 +39,7 @@ from collections.abc import Callable
 from typing import Any
 
 import diffrax
+import gradient
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -39,7 +48,7 @@ import optimistix as optx
 from jaxtyping import Array
 
 
-# Of 100,000 paths there are some with an increment for which the chord method, which is
+# Of many paths there are some with an increment for which the chord method, which is
 # the default, does not converge.
 _newton = optx.Newton(rtol=1e-10, atol=1e-10)
 _W = diffrax.BrownianIncrement
@@ -64,29 +73,25 @@ SOLVERS: dict[str, tuple[Callable[[], diffrax.AbstractSolver], Any]] = {
     "UReversible(Ralston)": (lambda: diffrax.UReversible(diffrax.Ralston()), _W),
     "UReversible(EES25)": (lambda: diffrax.UReversible(diffrax.EES25()), _W),
 }
-_fine = 4096
+# Numbers of steps.
+STRONG = [16, 32, 64, 128, 256]
+WEAK = [4, 8, 16, 32, 64]
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """With `exact`, the solution at 1 as a function of the Brownian motion there."""
-
     drift: Callable[[Any, Array, None], Array]
     diffusion: Callable[[Any, Array, None], Array]
     y0: Array
     noise: tuple[int, ...]
-    exact: Callable[[Array], Array] | None
 
 
 def _commutative() -> Problem:
-    a, b, start = 0.5, 0.8, 0.3
-    gudermannian = lambda x: 2 * jnp.arctan(jnp.tanh(x / 2))
     return Problem(
-        drift=lambda t, y, args: a * jnp.cos(y),
-        diffusion=lambda t, y, args: b * jnp.cos(y)[:, None],
-        y0=gudermannian(jnp.array([start])),
+        drift=lambda t, y, args: 1 - y,
+        diffusion=lambda t, y, args: 0.8 * jnp.cos(y)[:, None],
+        y0=jnp.array([0.3]),
         noise=(1,),
-        exact=lambda w: gudermannian(start + a + b * w),
     )
 
 
@@ -97,7 +102,7 @@ def _general() -> Problem:
         return jnp.stack([first, jnp.stack([jnp.cos(p), jnp.sin(2 * p)])])
 
     drift = lambda t, y, args: jnp.stack([y[1], -y[0] - y[1]])
-    return Problem(drift, diffusion, jnp.array([1.0, 0.5]), (2,), None)
+    return Problem(drift, diffusion, jnp.array([1.0, 0.5]), (2,))
 
 
 PROBLEMS = {"commutative": _commutative, "general": _general}
@@ -144,84 +149,78 @@ def _ends(name: str, solver: str, finest: int) -> Callable[[Any, Array], Array]:
 
 @ft.cache
 def _true_ends(name: str, levy_area: Any, num_paths: int, fine: int) -> Array:
-    problem = PROBLEMS[name]()
-    keys = jr.split(jr.key(0), num_paths)
-    if problem.exact is None:
-        [reference] = [
-            solver
-            for solver, (cls, area) in SOLVERS.items()
-            if area is levy_area and cls in (diffrax.Heun, diffrax.SlowRK)
-        ]
-        return _ends(name, reference, fine)(float(fine), keys)
-    tree = ft.partial(diffrax.VirtualBrownianTree, 0.0, 1.0, 0.5 / fine, problem.noise)
-    of_key = lambda key: tree(key=key, levy_area=levy_area).evaluate(0.0, 1.0)
-    increments: Any = jax.vmap(of_key)(keys)
-    return jax.vmap(problem.exact)(increments)
+    reference = "Heun" if levy_area is _W else "SlowRK"
+    return _ends(name, reference, fine)(float(fine), jr.split(jr.key(0), num_paths))
 
 
-def _slope(errors: list[float], nums: list[int]) -> float:
-    return -float(np.polyfit(np.log(nums), np.log(errors), 1)[0])
-
-
-def _noisy_slope(
-    errors: list[float], noise: list[float], nums: list[int]
-) -> tuple[float | None, float | None]:
-    """The slope, and its standard error. `None` if there are not two points to see."""
-    seen = [i for i in range(len(errors)) if errors[i] > 3 * noise[i]]
-    if len(seen) < 2:
+def _order(samples: Array, nums: list[int]) -> tuple[float | None, float | None]:
+    """Minus the slope of the means of the rows of `samples` over `nums`, in logarithms,
+    and its standard error. `None` if there are no two means of the same sign that are
+    more than noise, by three standard errors."""
+    num_paths = samples.shape[1]
+    means, deviations = (np.asarray(f(samples, axis=1)) for f in (jnp.mean, jnp.std))
+    weights = (means / deviations) ** 2 * num_paths
+    seen = np.flatnonzero(weights > 9)
+    if len(seen) < 2 or len(set(np.sign(means[seen]))) > 1:
         return None, None
-    (slope, _), covariance = np.polyfit(
-        np.log([nums[i] for i in seen]),
-        np.log([errors[i] for i in seen]),
-        1,
-        w=[errors[i] / noise[i] for i in seen],
-        cov="unscaled",
-    )
-    return -float(slope), float(covariance[0, 0]) ** 0.5
+    x, weights = np.log(np.array(nums)[seen]), weights[seen]
+    x = x - np.average(x, weights=weights)
+    slope = weights * x / np.sum(weights * x**2)
+    # What a path has a share of, to first order. (The rows are of the same paths.)
+    shares = jnp.asarray(slope / means[seen]) @ samples[seen]
+    error = float(jnp.std(shares)) / num_paths**0.5
+    return -float(slope @ np.log(np.abs(means[seen]))), error
 
 
 def measure(name: str, solver: str, smoke: bool) -> dict[str, Any]:
     """One row: a solver on an equation."""
-    nums = [4, 8, 16, 32, 64]
-    num_strong, num_weak, fine = (32, 64, 256) if smoke else (1000, 100_000, _fine)
+    num_strong, num_weak, fine = (32, 64, 512) if smoke else (1000, 50_000, 4096)
     make_solver, levy_area = SOLVERS[solver]
+    terms: Any = diffrax.ODETerm(lambda t, y, args: y)
+
     ends = _ends(name, solver, fine)
     true_ends = _true_ends(name, levy_area, num_strong, fine)
     keys = jr.split(jr.key(0), num_strong)
-    strong = []
-    for num in nums:
-        off = jnp.linalg.norm(ends(float(num), keys) - true_ends, axis=-1)
-        strong.append(float(jnp.mean(off)))
-    ends = _ends(name, solver, nums[-1])
+    off = [ends(float(num), keys) - true_ends for num in STRONG]
+    off = jnp.linalg.norm(jnp.stack(off), axis=-1)
+    strong_order, strong_order_error = _order(off, STRONG)
+
+    ends = _ends(name, solver, WEAK[-1])
     keys = jr.split(jr.key(1), num_weak)
-    squares = [jnp.sum(ends(float(num), keys) ** 2, axis=-1) for num in nums]
-    changes = [a - b for a, b in zip(squares, squares[1:])]
-    weak = [float(jnp.abs(jnp.mean(x))) for x in changes]
-    noise = [float(jnp.std(x)) / num_weak**0.5 for x in changes]
-    weak_order, weak_order_error = _noisy_slope(weak, noise, nums[:-1])
-    terms: Any = diffrax.ODETerm(lambda t, y, args: y)
+    squares = [jnp.sum(ends(float(num), keys) ** 2, axis=-1) for num in WEAK]
+    changes = jnp.stack([a - b for a, b in zip(squares, squares[1:])])
+    weak_order, weak_order_error = _order(changes, WEAK[:-1])
     return dict(
         problem=name,
         solver=solver,
         levy_area=levy_area.__name__,
         claimed=make_solver().strong_order(terms),
-        steps=nums,
-        strong_errors=strong,
-        strong_order=_slope(strong, nums),
-        weak_changes=weak,
-        weak_noise=noise,
+        strong_steps=STRONG,
+        strong_errors=jnp.mean(off, axis=1).tolist(),
+        strong_order=strong_order,
+        strong_order_error=strong_order_error,
+        weak_steps=WEAK[:-1],
+        weak_changes=jnp.mean(changes, axis=1).tolist(),
+        weak_noise=(jnp.std(changes, axis=1) / num_weak**0.5).tolist(),
         weak_order=weak_order,
         weak_order_error=weak_order_error,
         paths=[num_strong, num_weak],
+        **gradient.provenance(),
     )
 
 
+def _cell(order: float | None, error: float | None) -> str:
+    return "" if order is None else f"{order:.2f} +- {error:.2f}"
+
+
 def print_row(row: dict[str, Any]) -> None:
-    weak, error = row["weak_order"], row["weak_order_error"]
+    strong, weak = (
+        _cell(row[f"{kind}_order"], row[f"{kind}_order_error"])
+        for kind in ("strong", "weak")
+    )
     print(
-        f"{row['problem']:12s} {row['solver']:22s} {row['strong_order']:9.2f}"
-        f" {row['strong_errors'][-1]:9.1e}"
-        f" {'' if weak is None else f'{weak:.2f} +- {error:.2f}':>14s}",
+        f"{row['problem']:12s} {row['solver']:22s} {strong:>14s}"
+        f" {row['strong_errors'][-1]:9.1e} {weak:>14s}",
         flush=True,
     )
 
@@ -230,21 +229,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--solver", choices=SOLVERS, nargs="+", default=list(SOLVERS))
     parser.add_argument("--problem", choices=PROBLEMS, nargs="+", default=[*PROBLEMS])
-    parser.add_argument("--output", type=pathlib.Path)
+    default = pathlib.Path(__file__).parent / "output" / "sde_orders.jsonl"
+    parser.add_argument("--output", type=pathlib.Path, default=default)
     parser.add_argument("--smoke", action="store_true", help="as little as will run")
     args = parser.parse_args()
     if args.smoke:
         args.solver = ["Heun", "SlowRK"]
     jax.config.update("jax_enable_x64", True)
-    head = "strong", "error", "weak"
-    print(" " * 35 + "{:>10s} {:>9s} {:>14s}".format(*head))
-    rows = []
-    for problem in args.problem:
-        for solver in args.solver:
-            rows.append(measure(problem, solver, args.smoke))
-            print_row(rows[-1])
-    if args.output is not None:
-        args.output.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    print(f"{'':35s} {'strong':>14s} {'error':>9s} {'weak':>14s}")
+    with args.output.open("w") as file:
+        for problem in args.problem:
+            for solver in args.solver:
+                row = measure(problem, solver, args.smoke)
+                print_row(row)
+                file.write(json.dumps(row) + "\n")
+                file.flush()
 
 
 if __name__ == "__main__":
