@@ -16,8 +16,9 @@ The solution is taken to be that in 4096 steps, along the same `VirtualBrownianT
 The strong error is the mean of how far the end of a path is off, and the strong order
 is its slope over the number of steps, from 16 to 256. The weak order is the slope, from
 4 to 64, of the mean of what halving the steps changes in |y|^2, for which no solution
-has to be known; it is left out if that is not seen to be more than noise. Both have a
-standard error, that of the mean over the paths. What is expected: on the first equation
+has to be known; it is left out if that is not seen to be more than noise, and so is a
+number of steps with which some solves fail. Both have a standard error, that of the
+mean over the paths. What is expected: on the first equation
 a strong order of 1 (1.5 for `SlowRK`), on the second one 0.5, which no method that
 knows nothing of the Lévy area between the two Brownian motions can exceed; and a weak
 order of 1.
@@ -34,6 +35,7 @@ import argparse
 import dataclasses
 import functools as ft
 import json
+import math
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -48,11 +50,9 @@ import optimistix as optx
 from jaxtyping import Array
 
 
-# Of many paths there are some with an increment for which the chord method, which is
-# the default, does not converge.
+# By default, in so few steps of such noise, some solves fail: the equations of a step
+# are not solved by a chord method, or the two states of a pair come far apart.
 _newton = optx.Newton(rtol=1e-10, atol=1e-10)
-# Likewise, in as few as 4 steps the two states of some paths come so far apart that the
-# solve fails by default.
 _coupled = ft.partial(diffrax.UReversible, max_gap=float("inf"))
 _W = diffrax.BrownianIncrement
 _H = diffrax.SpaceTimeLevyArea
@@ -114,6 +114,7 @@ PROBLEMS = {"commutative": _commutative, "general": _general}
 def _solve(
     problem: Problem, solver: diffrax.AbstractSolver, path: Any, num_steps: Any
 ) -> Array:
+    """Where it ends. NaN, if it fails."""
     terms = diffrax.MultiTerm(
         diffrax.ODETerm(problem.drift), diffrax.ControlTerm(problem.diffusion, path)
     )
@@ -126,9 +127,10 @@ def _solve(
         y0=problem.y0,
         adjoint=diffrax.ForwardMode(),
         max_steps=None,
+        throw=False,
     )
     assert sol.ys is not None
-    return sol.ys[-1]
+    return jnp.where(sol.result == diffrax.RESULTS.successful, sol.ys[-1], jnp.nan)
 
 
 @ft.cache
@@ -159,7 +161,7 @@ def _true_ends(name: str, levy_area: Any, num_paths: int, fine: int) -> Array:
 def _order(samples: Array, nums: list[int]) -> tuple[float | None, float | None]:
     """Minus the slope of the means of the rows of `samples` over `nums`, in logarithms,
     and its standard error. `None` if there are no two means of the same sign that are
-    more than noise, by three standard errors."""
+    more than noise, by three standard errors. A row with NaNs does not count."""
     num_paths = samples.shape[1]
     means, deviations = (np.asarray(f(samples, axis=1)) for f in (jnp.mean, jnp.std))
     weights = (means / deviations) ** 2 * num_paths
@@ -173,6 +175,11 @@ def _order(samples: Array, nums: list[int]) -> tuple[float | None, float | None]
     shares = jnp.asarray(slope / means[seen]) @ samples[seen]
     error = float(jnp.std(shares)) / num_paths**0.5
     return -float(slope @ np.log(np.abs(means[seen]))), error
+
+
+def _finite(values: Array) -> list[float | None]:
+    """JSON has no number that is not finite."""
+    return [x if math.isfinite(x) else None for x in values.tolist()]
 
 
 def measure(name: str, solver: str, smoke: bool) -> dict[str, Any]:
@@ -193,18 +200,20 @@ def measure(name: str, solver: str, smoke: bool) -> dict[str, Any]:
     squares = [jnp.sum(ends(float(num), keys) ** 2, axis=-1) for num in WEAK]
     changes = jnp.stack([a - b for a, b in zip(squares, squares[1:])])
     weak_order, weak_order_error = _order(changes, WEAK[:-1])
+    weak_noise = jnp.std(changes, axis=1) / num_weak**0.5
     return dict(
         problem=name,
         solver=solver,
         levy_area=levy_area.__name__,
         claimed=make_solver().strong_order(terms),
         strong_steps=STRONG,
-        strong_errors=jnp.mean(off, axis=1).tolist(),
+        strong_errors=_finite(jnp.mean(off, axis=1)),
         strong_order=strong_order,
         strong_order_error=strong_order_error,
         weak_steps=WEAK[:-1],
-        weak_changes=jnp.mean(changes, axis=1).tolist(),
-        weak_noise=(jnp.std(changes, axis=1) / num_weak**0.5).tolist(),
+        weak_changes=_finite(jnp.mean(changes, axis=1)),
+        weak_noise=_finite(weak_noise),
+        weak_failed=[int(jnp.sum(jnp.isnan(x))) for x in changes],
         weak_order=weak_order,
         weak_order_error=weak_order_error,
         paths=[num_strong, num_weak],

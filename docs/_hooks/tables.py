@@ -335,6 +335,10 @@ def _solvers_machine() -> str:
     return _machine("solvers")
 
 
+def _with_error(order: float | None, error: float | None) -> str:
+    return "" if order is None else f"{order:.2f} ± {error:.2f}"
+
+
 def _sde_orders() -> str:
     rows = _read("sde_orders")
     of = {(row["problem"], row["solver"]): row for row in rows}
@@ -343,13 +347,13 @@ def _sde_orders() -> str:
         found = [of[problem, solver] for problem in ("commutative", "general")]
         cells.append([_code(solver), f"{found[0]['claimed']:g}"])
         for row in found:
-            cells[-1].append(f"{row['strong_order']:.2f}")
-            cells[-1].append(f"{row['strong_errors'][-1]:.0e}")
-            error = row["weak_order_error"]
-            weak = "" if error is None else f"{row['weak_order']:.2f} ± {error:.2f}"
-            cells[-1].append(weak)
-    head = ["Solver", "Claimed", "Strong", "Error", "Weak"]
-    return _table([*head, "Not commutative: strong", "Error", "Weak"], cells)
+            error = dict(zip(row["strong_steps"], row["strong_errors"]))[64]
+            for kind in ("strong", "weak"):
+                order, order_error = row[f"{kind}_order"], row[f"{kind}_order_error"]
+                cells[-1].append(_with_error(order, order_error))
+            cells[-1].insert(-1, f"{error:.0e}")
+    head = ["Solver", "Claimed", "Commutative: strong", "Error", "Weak"]
+    return _table([*head, "General: strong", "Error", "Weak"], cells)
 
 
 def _corrections() -> str:
