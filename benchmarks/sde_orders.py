@@ -18,10 +18,11 @@ is its slope over the number of steps, from 16 to 256. The weak order is the slo
 4 to 64, of the mean of what halving the steps changes in |y|^2, for which no solution
 has to be known; it is left out if that is not seen to be more than noise, and so is a
 number of steps with which some solves fail. Both have a standard error, that of the
-mean over the paths. What is expected: on the first equation
-a strong order of 1 (1.5 for `SlowRK`), on the second one 0.5, which no method that
-knows nothing of the Lévy area between the two Brownian motions can exceed; and a weak
-order of 1.
+mean over the paths.
+
+What is expected: on the first equation a strong order of 1 (1.5 for `SlowRK`), on the
+second one 0.5, which no method that knows nothing of the Lévy area between the two
+Brownian motions can exceed; and a weak order of 1.
 
 Numerical reversal leaves a solver as it is: what is measured of `Heun` or `EES25` is
 what a solve has that `ReversibleAdjoint` undoes. `UReversible` makes another solver,

@@ -405,8 +405,10 @@ def test_gauss_fails_if_its_equations_have_no_solution():
     ids=_name,
 )
 def test_strong_order(solver):
-    """To the Stratonovich solution; of order 1, as a single Brownian motion commutes.
-    (`benchmarks/sde_orders.py` has the weak order, and noise that does not.)"""
+    """To the Stratonovich solution. As the drift commutes with the noise, this is an
+    ODE in `a t + b W(t)`, of which a step is as large as the square root of the step
+    size: so the strong order is half that for ODEs. (`benchmarks/sde_orders.py` has
+    those on other equations.)"""
     a, b, start = 0.5, 0.8, 0.3
     gudermannian = lambda x: 2 * jnp.arctan(jnp.tanh(x / 2))
     nums = (8, 16, 32)
@@ -427,4 +429,4 @@ def test_strong_order(solver):
     keys = jr.split(jr.key(0), 500)
     mean = [jnp.mean(errors(jnp.full(500, float(n)), keys)) for n in nums]
     # The mean of 500 samples is known to about 4 percent.
-    assert abs(_slope(mean, nums) - 1) < 0.15
+    assert abs(_slope(mean, nums) - solver.order(_term) / 2) < 0.15

@@ -336,7 +336,7 @@ def _solvers_machine() -> str:
 
 
 def _with_error(order: float | None, error: float | None) -> str:
-    return "" if order is None else f"{order:.2f} ± {error:.2f}"
+    return "" if order is None else f"{order:.2f} ± {error:.1g}"
 
 
 def _sde_orders() -> str:
@@ -351,7 +351,7 @@ def _sde_orders() -> str:
             for kind in ("strong", "weak"):
                 order, order_error = row[f"{kind}_order"], row[f"{kind}_order_error"]
                 cells[-1].append(_with_error(order, order_error))
-            cells[-1].insert(-1, f"{error:.0e}")
+            cells[-1].insert(-1, f"{error:.1e}")
     head = ["Solver", "Claimed", "Commutative: strong", "Error", "Weak"]
     return _table([*head, "General: strong", "Error", "Weak"], cells)
 
