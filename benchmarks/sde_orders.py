@@ -4,46 +4,64 @@
 
 On two equations over [0, 1]:
 
-- `commutative`: dy = a (1 - y^2) dt + b (1 - y^2) o dW, of one dimension, the solution
-  of which is y = tanh(artanh(y0) + a t + b W(t));
+- `commutative`: dy = (1 - y) dt + 0.8 cos(y) o dW, of one dimension, so that the noise
+  commutes with itself. It does not commute with the drift: if it did, a step would be
+  one of an ODE, and orders higher than on others.
 - `general`: of two dimensions, with two Brownian motions and noise that does not
-  commute, of which the solution is taken to be that with 4096 steps of Heun's method,
-  along the same `VirtualBrownianTree`.
+  commute.
+
+The solution is taken to be that in 4096 steps, along the same `VirtualBrownianTree`, of
+`Heun`; or of `SlowRK`, for solvers that ask for the space-time Lévy area.
 
 The strong error is the mean of how far the end of a path is off, and the strong order
-is the slope of that over the number of steps. The weak order is that of the mean of
-what halving the steps changes in |y|^2, for which no solution has to be known: it is
-left out if that is not known to be more than noise. What is expected: 1 for the strong
-order on the first equation, 0.5 on the second one (which no method that knows nothing
-of the Lévy area can exceed), and 1 for the weak order.
+is its slope over the number of steps, from 16 to 256. The weak order is the slope, from
+4 to 64, of the mean of what halving the steps changes in |y|^2, for which no solution
+has to be known; it is left out if that is not seen to be more than noise, and so is a
+number of steps with which some solves fail. Both have a standard error, that of the
+mean over the paths.
+
+What is expected: on the first equation a strong order of 1 (1.5 for `SlowRK`), on the
+second one 0.5, which no method that knows nothing of the Lévy area between the two
+Brownian motions can exceed; and a weak order of 1.
+
+Numerical reversal leaves a solver as it is: what is measured of `Heun` or `EES25` is
+what a solve has that `ReversibleAdjoint` undoes. `UReversible` makes another solver,
+and so has rows of its own.
 
 Everything is in float64, and the paths are the same for every solver that asks for the
-same Lévy area. Takes about ten minutes on 2 CPU cores.
+same Lévy area. Takes about ten minutes on one CPU core.
 """
 
 import argparse
 import dataclasses
 import functools as ft
 import json
+import math
 import pathlib
 from collections.abc import Callable
 from typing import Any
 
 import diffrax
+import gradient
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+import optimistix as optx
 from jaxtyping import Array
 
 
+# By default, in so few steps of such noise, some solves fail: the equations of a step
+# are not solved by a chord method, or the two states of a pair come far apart.
+_newton = optx.Newton(rtol=1e-10, atol=1e-10)
+_coupled = ft.partial(diffrax.UReversible, max_gap=float("inf"))
 _W = diffrax.BrownianIncrement
 _H = diffrax.SpaceTimeLevyArea
 SOLVERS: dict[str, tuple[Callable[[], diffrax.AbstractSolver], Any]] = {
     "ReversibleHeun": (diffrax.ReversibleHeun, _W),
     "AsynchronousLeapfrog": (diffrax.AsynchronousLeapfrog, _W),
-    "ImplicitMidpoint": (diffrax.ImplicitMidpoint, _W),
-    "GaussLegendre4": (diffrax.GaussLegendre4, _W),
+    "ImplicitMidpoint": (lambda: diffrax.ImplicitMidpoint(_newton), _W),
+    "GaussLegendre4": (lambda: diffrax.GaussLegendre4(_newton), _W),
     "EES25": (diffrax.EES25, _W),
     "EES27": (diffrax.EES27, _W),
     "Heun": (diffrax.Heun, _W),
@@ -54,33 +72,30 @@ SOLVERS: dict[str, tuple[Callable[[], diffrax.AbstractSolver], Any]] = {
     "SlowRK": (diffrax.SlowRK, _H),
     "SPaRK": (diffrax.SPaRK, _H),
     "GeneralShARK": (diffrax.GeneralShARK, _H),
-    "UReversible(Heun)": (lambda: diffrax.UReversible(diffrax.Heun()), _W),
-    "UReversible(Midpoint)": (lambda: diffrax.UReversible(diffrax.Midpoint()), _W),
-    "UReversible(Ralston)": (lambda: diffrax.UReversible(diffrax.Ralston()), _W),
-    "UReversible(EES25)": (lambda: diffrax.UReversible(diffrax.EES25()), _W),
+    "UReversible(Heun)": (lambda: _coupled(diffrax.Heun()), _W),
+    "UReversible(Midpoint)": (lambda: _coupled(diffrax.Midpoint()), _W),
+    "UReversible(Ralston)": (lambda: _coupled(diffrax.Ralston()), _W),
+    "UReversible(EES25)": (lambda: _coupled(diffrax.EES25()), _W),
 }
-_fine = 4096
+# Numbers of steps.
+STRONG = [16, 32, 64, 128, 256]
+WEAK = [4, 8, 16, 32, 64]
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """With `exact`, the solution at 1 as a function of the Brownian motion there."""
-
     drift: Callable[[Any, Array, None], Array]
     diffusion: Callable[[Any, Array, None], Array]
     y0: Array
     noise: tuple[int, ...]
-    exact: Callable[[Array], Array] | None
 
 
 def _commutative() -> Problem:
-    a, b, y0 = 0.5, 0.8, jnp.array([0.3])
     return Problem(
-        drift=lambda t, y, args: a * (1 - y**2),
-        diffusion=lambda t, y, args: b * (1 - y**2)[:, None],
-        y0=y0,
+        drift=lambda t, y, args: 1 - y,
+        diffusion=lambda t, y, args: 0.8 * jnp.cos(y)[:, None],
+        y0=jnp.array([0.3]),
         noise=(1,),
-        exact=lambda w: jnp.tanh(jnp.arctanh(y0) + a + b * w),
     )
 
 
@@ -91,7 +106,7 @@ def _general() -> Problem:
         return jnp.stack([first, jnp.stack([jnp.cos(p), jnp.sin(2 * p)])])
 
     drift = lambda t, y, args: jnp.stack([y[1], -y[0] - y[1]])
-    return Problem(drift, diffusion, jnp.array([1.0, 0.5]), (2,), None)
+    return Problem(drift, diffusion, jnp.array([1.0, 0.5]), (2,))
 
 
 PROBLEMS = {"commutative": _commutative, "general": _general}
@@ -100,6 +115,7 @@ PROBLEMS = {"commutative": _commutative, "general": _general}
 def _solve(
     problem: Problem, solver: diffrax.AbstractSolver, path: Any, num_steps: Any
 ) -> Array:
+    """Where it ends. NaN, if it fails."""
     terms = diffrax.MultiTerm(
         diffrax.ODETerm(problem.drift), diffrax.ControlTerm(problem.diffusion, path)
     )
@@ -112,21 +128,23 @@ def _solve(
         y0=problem.y0,
         adjoint=diffrax.ForwardMode(),
         max_steps=None,
+        throw=False,
     )
     assert sol.ys is not None
-    return sol.ys[-1]
+    return jnp.where(sol.result == diffrax.RESULTS.successful, sol.ys[-1], jnp.nan)
 
 
 @ft.cache
-def _ends(name: str, solver: str) -> Callable[[Any, Array], Array]:
-    """Where the paths end that belong to some keys, with a number of steps."""
+def _ends(name: str, solver: str, finest: int) -> Callable[[Any, Array], Array]:
+    """Where the paths end that belong to some keys, with a number of steps, which is at
+    most `finest`."""
     make_solver, levy_area = SOLVERS[solver]
     problem = PROBLEMS[name]()
 
     @jax.jit
     def ends(num_steps, keys):
         tree = ft.partial(
-            diffrax.VirtualBrownianTree, 0.0, 1.0, 0.5 / _fine, problem.noise
+            diffrax.VirtualBrownianTree, 0.0, 1.0, 0.5 / finest, problem.noise
         )
         of_key = lambda key: tree(key=key, levy_area=levy_area)
         solve = lambda key: _solve(problem, make_solver(), of_key(key), num_steps)
@@ -137,68 +155,85 @@ def _ends(name: str, solver: str) -> Callable[[Any, Array], Array]:
 
 @ft.cache
 def _true_ends(name: str, levy_area: Any, num_paths: int, fine: int) -> Array:
-    problem = PROBLEMS[name]()
-    keys = jr.split(jr.key(0), num_paths)
-    if problem.exact is None:
-        [reference] = [
-            solver
-            for solver, (cls, area) in SOLVERS.items()
-            if area is levy_area and cls in (diffrax.Heun, diffrax.SlowRK)
-        ]
-        return _ends(name, reference)(float(fine), keys)
-    tree = ft.partial(diffrax.VirtualBrownianTree, 0.0, 1.0, 0.5 / _fine, problem.noise)
-    of_key = lambda key: tree(key=key, levy_area=levy_area).evaluate(0.0, 1.0)
-    increments: Any = jax.vmap(of_key)(keys)
-    return jax.vmap(problem.exact)(getattr(increments, "W", increments))
+    reference = "Heun" if levy_area is _W else "SlowRK"
+    return _ends(name, reference, fine)(float(fine), jr.split(jr.key(0), num_paths))
 
 
-def _slope(errors: list[float], nums: list[int]) -> float:
-    return -float(np.polyfit(np.log(nums), np.log(errors), 1)[0])
+def _order(samples: Array, nums: list[int]) -> tuple[float | None, float | None]:
+    """Minus the slope of the means of the rows of `samples` over `nums`, in logarithms,
+    and its standard error. `None` if there are no two means of the same sign that are
+    more than noise, by three standard errors. A row with NaNs does not count."""
+    num_paths = samples.shape[1]
+    means, deviations = (np.asarray(f(samples, axis=1)) for f in (jnp.mean, jnp.std))
+    weights = (means / deviations) ** 2 * num_paths
+    seen = np.flatnonzero(weights > 9)
+    if len(seen) < 2 or len(set(np.sign(means[seen]))) > 1:
+        return None, None
+    x, weights = np.log(np.array(nums)[seen]), weights[seen]
+    x = x - np.average(x, weights=weights)
+    slope = weights * x / np.sum(weights * x**2)
+    # What a path has a share of, to first order. (The rows are of the same paths.)
+    shares = jnp.asarray(slope / means[seen]) @ samples[seen]
+    error = float(jnp.std(shares)) / num_paths**0.5
+    return -float(slope @ np.log(np.abs(means[seen]))), error
+
+
+def _finite(values: Array) -> list[float | None]:
+    """JSON has no number that is not finite."""
+    return [x if math.isfinite(x) else None for x in values.tolist()]
 
 
 def measure(name: str, solver: str, smoke: bool) -> dict[str, Any]:
     """One row: a solver on an equation."""
-    nums = [4, 8, 16, 32, 64]
-    num_strong, num_weak, fine = (32, 64, 256) if smoke else (1000, 20_000, _fine)
+    num_strong, num_weak, fine = (32, 64, 512) if smoke else (1000, 50_000, 4096)
     make_solver, levy_area = SOLVERS[solver]
-    ends = _ends(name, solver)
+    terms: Any = diffrax.ODETerm(lambda t, y, args: y)
+
+    ends = _ends(name, solver, fine)
     true_ends = _true_ends(name, levy_area, num_strong, fine)
     keys = jr.split(jr.key(0), num_strong)
-    strong = []
-    for num in nums:
-        off = jnp.linalg.norm(ends(float(num), keys) - true_ends, axis=-1)
-        strong.append(float(jnp.mean(off)))
+    off = [ends(float(num), keys) - true_ends for num in STRONG]
+    off = jnp.linalg.norm(jnp.stack(off), axis=-1)
+    strong_order, strong_order_error = _order(off, STRONG)
+
+    ends = _ends(name, solver, WEAK[-1])
     keys = jr.split(jr.key(1), num_weak)
-    squares = [jnp.sum(ends(float(num), keys) ** 2, axis=-1) for num in nums]
-    changes = [a - b for a, b in zip(squares, squares[1:])]
-    weak = [float(jnp.abs(jnp.mean(x))) for x in changes]
-    noise = [float(jnp.std(x)) / num_weak**0.5 for x in changes]
-    # What is seen with certainty.
-    seen = [i for i in range(len(weak)) if weak[i] > 4 * noise[i]]
-    weak_order = None
-    if len(seen) >= 2:
-        weak_order = _slope([weak[i] for i in seen], [nums[i] for i in seen])
-    terms: Any = diffrax.ODETerm(lambda t, y, args: y)
+    squares = [jnp.sum(ends(float(num), keys) ** 2, axis=-1) for num in WEAK]
+    changes = jnp.stack([a - b for a, b in zip(squares, squares[1:])])
+    weak_order, weak_order_error = _order(changes, WEAK[:-1])
+    weak_noise = jnp.std(changes, axis=1) / num_weak**0.5
     return dict(
         problem=name,
         solver=solver,
         levy_area=levy_area.__name__,
         claimed=make_solver().strong_order(terms),
-        steps=nums,
-        strong_errors=strong,
-        strong_order=_slope(strong, nums),
-        weak_changes=weak,
-        weak_noise=noise,
+        strong_steps=STRONG,
+        strong_errors=_finite(jnp.mean(off, axis=1)),
+        strong_order=strong_order,
+        strong_order_error=strong_order_error,
+        weak_steps=WEAK[:-1],
+        weak_changes=_finite(jnp.mean(changes, axis=1)),
+        weak_noise=_finite(weak_noise),
+        weak_failed=[int(jnp.sum(jnp.isnan(x))) for x in changes],
         weak_order=weak_order,
+        weak_order_error=weak_order_error,
         paths=[num_strong, num_weak],
+        **gradient.provenance(),
     )
 
 
+def _cell(order: float | None, error: float | None) -> str:
+    return "" if order is None else f"{order:.2f} +- {error:.2f}"
+
+
 def print_row(row: dict[str, Any]) -> None:
-    weak = row["weak_order"]
+    strong, weak = (
+        _cell(row[f"{kind}_order"], row[f"{kind}_order_error"])
+        for kind in ("strong", "weak")
+    )
     print(
-        f"{row['problem']:12s} {row['solver']:22s} {row['strong_order']:8.2f}"
-        f" {row['strong_errors'][-1]:9.1e} {'' if weak is None else f'{weak:.2f}':>8s}",
+        f"{row['problem']:12s} {row['solver']:22s} {strong:>14s}"
+        f" {row['strong_errors'][-1]:9.1e} {weak:>14s}",
         flush=True,
     )
 
@@ -207,21 +242,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--solver", choices=SOLVERS, nargs="+", default=list(SOLVERS))
     parser.add_argument("--problem", choices=PROBLEMS, nargs="+", default=[*PROBLEMS])
-    parser.add_argument("--output", type=pathlib.Path)
+    default = pathlib.Path(__file__).parent / "output" / "sde_orders.jsonl"
+    parser.add_argument("--output", type=pathlib.Path, default=default)
     parser.add_argument("--smoke", action="store_true", help="as little as will run")
     args = parser.parse_args()
     if args.smoke:
         args.solver = ["Heun", "SlowRK"]
     jax.config.update("jax_enable_x64", True)
-    head = "strong", "error", "weak"
-    print(" " * 35 + "{:>9s} {:>9s} {:>8s}".format(*head))
-    rows = []
-    for problem in args.problem:
-        for solver in args.solver:
-            rows.append(measure(problem, solver, args.smoke))
-            print_row(rows[-1])
-    if args.output is not None:
-        args.output.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    print(f"{'':35s} {'strong':>14s} {'error':>9s} {'weak':>14s}")
+    with args.output.open("w") as file:
+        for problem in args.problem:
+            for solver in args.solver:
+                row = measure(problem, solver, args.smoke)
+                print_row(row)
+                file.write(json.dumps(row) + "\n")
+                file.flush()
 
 
 if __name__ == "__main__":

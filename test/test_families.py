@@ -386,3 +386,48 @@ def test_gauss_fails_if_its_equations_have_no_solution():
         diffrax.RESULTS.nonlinear_divergence,
         diffrax.RESULTS.nonlinear_max_steps_reached,
     )
+
+
+#
+# Stochastic differential equations
+#
+
+
+@pytest.mark.parametrize(
+    "solver",
+    (
+        diffrax.AsynchronousLeapfrog(),
+        pytest.param(diffrax.EES25(), marks=pytest.mark.slow),
+        pytest.param(diffrax.EES27(), marks=pytest.mark.slow),
+        pytest.param(diffrax.ImplicitMidpoint(), marks=pytest.mark.slow),
+        pytest.param(diffrax.GaussLegendre4(), marks=pytest.mark.slow),
+    ),
+    ids=_name,
+)
+def test_strong_order(solver):
+    """To the Stratonovich solution. As the drift commutes with the noise, this is an
+    ODE in `a t + b W(t)`, of which a step is as large as the square root of the step
+    size: so the strong order is half that for ODEs. (`benchmarks/sde_orders.py` has
+    those on other equations.)"""
+    a, b, start = 0.5, 0.3, 0.3
+    gudermannian = lambda x: 2 * jnp.arctan(jnp.tanh(x / 2))
+    nums = (32, 64, 128)
+
+    @jax.jit
+    @jax.vmap
+    def errors(num_steps, key):
+        path = diffrax.VirtualBrownianTree(0.0, 1.0, 2**-9, (), key)
+        terms = diffrax.MultiTerm(
+            diffrax.ODETerm(lambda t, y, args: a * jnp.cos(y)),
+            diffrax.ControlTerm(lambda t, y, args: b * jnp.cos(y), path),
+        )
+        y0 = gudermannian(jnp.array(start))
+        y1 = _solve(solver, num_steps, terms, y0=y0, t1=1.0).ys[-1]
+        w: Any = path.evaluate(0.0, 1.0)
+        return jnp.abs(y1 - gudermannian(start + a + b * w))
+
+    keys = jr.split(jr.key(0), 500)
+    mean = [jnp.mean(errors(jnp.full(500, float(n)), keys)) for n in nums]
+    # The mean of 500 samples is known to about 4 percent, and steps are not so small
+    # that the fourth order is seen in full.
+    assert abs(_slope(mean, nums) - solver.order(_term) / 2) < 0.2

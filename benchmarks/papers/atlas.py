@@ -20,9 +20,10 @@ What each row has:
   does so by 1.105, 1 and 0.905;
 - up to which size the iteration converges, along the two axes.
 
-The expectation is that a solver with a closed form for going back is stable on nothing
-but a part of the imaginary axis, or magnifies on the way back by more than the equation
-does: the determinant of the step is that of a whole matrix, with a second state in it.
+The expectation is that an explicit solver with a closed form for going back is stable
+on nothing but a part of the imaginary axis, or magnifies on the way back by more than
+the equation does: the determinant of the step is that of a whole matrix, with a second
+state in it.
 
 Exact up to rounding on any machine. Takes about two minutes on 2 CPU cores. To add a
 solver, add a line to `SOLVERS`.

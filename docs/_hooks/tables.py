@@ -335,6 +335,27 @@ def _solvers_machine() -> str:
     return _machine("solvers")
 
 
+def _with_error(order: float | None, error: float | None) -> str:
+    return "" if order is None else f"{order:.2f} ± {error:.1g}"
+
+
+def _sde_orders() -> str:
+    rows = _read("sde_orders")
+    of = {(row["problem"], row["solver"]): row for row in rows}
+    cells = []
+    for solver in dict.fromkeys(row["solver"] for row in rows):
+        found = [of[problem, solver] for problem in ("commutative", "general")]
+        cells.append([_code(solver), f"{found[0]['claimed']:g}"])
+        for row in found:
+            error = dict(zip(row["strong_steps"], row["strong_errors"]))[64]
+            for kind in ("strong", "weak"):
+                order, order_error = row[f"{kind}_order"], row[f"{kind}_order_error"]
+                cells[-1].append(_with_error(order, order_error))
+            cells[-1].insert(-1, f"{error:.1e}")
+    head = ["Solver", "Claimed", "Commutative: strong", "Error", "Weak"]
+    return _table([*head, "General: strong", "Error", "Weak"], cells)
+
+
 def _corrections() -> str:
     rows = _read("corrections")
     ways = [x for x, of in rows[0].items() if isinstance(of, dict)]
@@ -412,6 +433,7 @@ tables = {
     "ratios": _ratios,
     "least": _least,
     "corrections": _corrections,
+    "sde orders": _sde_orders,
     "solvers": _solvers,
     "solvers machine": _solvers_machine,
     "bit exact": _bit_exact,
