@@ -152,7 +152,14 @@ SOLVERS: dict[str, Callable[[], diffrax.AbstractSolver]] = {
     "Kvaerno3": diffrax.Kvaerno3,
     "UReversible(Tsit5, 0.5)": lambda: diffrax.UReversible(diffrax.Tsit5(), 0.5),
     "UReversible(Tsit5, 0.999)": lambda: diffrax.UReversible(diffrax.Tsit5()),
+    "LeapfrogMidpoint": diffrax.LeapfrogMidpoint,
+    "ReversibleHeun": diffrax.ReversibleHeun,
+    "AsynchronousLeapfrog": diffrax.AsynchronousLeapfrog,
+    "BitExact(ReversibleHeun)": lambda: diffrax.BitExact(
+        diffrax.ReversibleHeun(), size=10.0
+    ),
 }
+_closed_forms = tuple(SOLVERS)[-4:]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,6 +199,8 @@ def cases() -> Iterator[Case]:
         # With so few, most are undone, rather than made again.
         yield Case(problem, steps, checkpoints=4)
         yield Case(problem, steps, checkpoints=0)
+        for solver in _closed_forms:
+            yield Case(problem, steps[-1:], checkpoints=4, solver=solver)
     for problem in _misleading:
         yield Case(problem, (300,), checkpoints=0, certificate="cheap")
     for problem in ("lorenz", "van_der_pol"):
