@@ -154,16 +154,17 @@ class _Timed:
 
 
 def time_training(
-    experiment: Experiment, base: str, methods: list[Method], turns: int
+    experiment: Experiment, base: str, methods: list[Method], turns: int, untimed: int
 ) -> Iterator[Row]:
     """Each method trains a network by itself, all from the same start; they take turns.
-    The first step of each does not count."""
+    The first steps of each, `untimed` many, do not count."""
     timed, rows = [], []
     for method in methods:
         start, step = make_training(experiment, base, method)
         state = start(0)
         compiled: Any = jax.jit(step).lower(state).compile()
-        jax.block_until_ready(compiled(state))
+        for _ in range(untimed):
+            state, _ = jax.block_until_ready(compiled(state))
         timed.append(_Timed(compiled, state))
         rows.append(
             dict(
@@ -184,6 +185,7 @@ def time_training(
         )
         yield row | dict(
             training_steps=len(one.seconds),
+            untimed=untimed,
             steps=one.num_steps,
             seconds_lower_quartile=lower,
             seconds_median=median,
