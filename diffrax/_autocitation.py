@@ -1,6 +1,13 @@
 from . import _solver
 from ._adjoint import ReversibleAdjoint
-from ._solver import _upstream_init, BitExact, FixedPointReversible, UReversible
+from ._solver import (
+    _upstream_init,
+    AbstractERK,
+    BitExact,
+    Euler,
+    FixedPointReversible,
+    UReversible,
+)
 from ._upstream_autocitation import *  # noqa: F403
 from ._upstream_autocitation import (
     _parse_reference as _parse_reference,
@@ -55,6 +62,11 @@ def _reversible_solver(solver, saveat=None):
 def _bit_exact_solver(solver, saveat=None):
     if type(solver) is BitExact:
         wrapped = solver.solver
+        if (
+            isinstance(wrapped, (AbstractERK, Euler))
+            and type(wrapped) is not UReversible
+        ):
+            wrapped = UReversible(wrapped)  # The pair that it is coupled to.
         cite = _reversible_solver if type(wrapped) is UReversible else _cite_wrapped
         found = cite(wrapped, saveat)
         return (
