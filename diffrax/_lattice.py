@@ -59,6 +59,7 @@ class Part(eqx.Module):
     def move(self, increment: PyTree[Array], sign: int) -> "Part":
         """With `sign` times `increment` added, which is rounded to the lattice. NaN if
         that is too large or no number."""
+        increment = jtu.tree_map(lambda x, y: x.astype(y.dtype), increment, self.value)
         steps, is_good = self._round(increment)
         add = lambda a, b: a + b if sign > 0 else a - b
         moved = self.of(
@@ -80,9 +81,8 @@ class Part(eqx.Module):
     def _round(self, x: PyTree[Array]) -> tuple[PyTree[Array], Bool[Array, ""]]:
         """In spacings; and whether there is room for that."""
         steps, is_good = [], jnp.array(True)
-        leaves = map(jtu.tree_leaves, (x, self.value))
-        for leaf, value, spacing in zip(*leaves, self.spacing, strict=True):
-            leaf = _stack(lax.stop_gradient(leaf).astype(value.dtype))
+        for leaf, spacing in zip(jtu.tree_leaves(x), self.spacing, strict=True):
+            leaf = _stack(lax.stop_gradient(leaf))
             scaled = jnp.round(leaf / spacing)
             # Not for NaN, either.
             is_small = jnp.abs(scaled) <= 2 ** _max_power[num_bits(leaf)]

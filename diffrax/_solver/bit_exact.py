@@ -115,7 +115,8 @@ class BitExact(AbstractReversibleSolver, AbstractWrappedSolver):
     apart from the times of the steps and from what is stored for damping, also for
     chaotic problems: that the bits are right is checked where the state is known, and
     then there is nothing else for the [certificate](../how-it-works.md#the-certificate)
-    to follow.
+    to follow. There are no second derivatives by that adjoint: the derivative of a
+    state is no integer, and is rounded.
 
     !!! warning "Set `size`"
 
