@@ -44,7 +44,6 @@ def _cite_wrapped(solver, saveat):
     return _added_solver(solver) if found is None else found
 
 
-@citation_rules.append
 def _reversible_solver(solver, saveat=None):
     if type(solver) is UReversible:
         wrapped = _cite_wrapped(solver.solver, saveat)
@@ -58,14 +57,14 @@ def _reversible_solver(solver, saveat=None):
         )
 
 
+citation_rules.append(_reversible_solver)
+
+
 @citation_rules.append
 def _bit_exact_solver(solver, saveat=None):
     if type(solver) is BitExact:
         wrapped = solver.solver
-        if (
-            isinstance(wrapped, (AbstractERK, Euler))
-            and type(wrapped) is not UReversible
-        ):
+        if issubclass(type(wrapped), (AbstractERK, Euler)):
             wrapped = UReversible(wrapped)  # The pair that it is coupled to.
         cite = _reversible_solver if type(wrapped) is UReversible else _cite_wrapped
         found = cite(wrapped, saveat)
