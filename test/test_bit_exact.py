@@ -166,6 +166,43 @@ def test_every_bit_comes_back(name, dtype, num_steps, num):
     assert _bits(back) == _bits(start)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("compile_", (jax.jit, lambda fn: fn), ids=("jit", "eager"))
+@pytest.mark.parametrize(
+    "solver",
+    (diffrax.LeapfrogMidpoint(), diffrax.ReversibleHeun(), diffrax.Bosh3()),
+)
+def test_programs_of_their_own(solver, compile_, getkey):
+    exact: Any = diffrax.BitExact(solver)
+    term = diffrax.ODETerm(
+        lambda t, y, a: a * y + y**3 / 7 - jnp.sin(3 * y) * y + a * jnp.exp(-y * y)
+    )
+    args = jnp.float32(0.8)
+
+    @compile_
+    def step(y, state, t0, t1):
+        y, _, _, state, _ = exact.step(term, t0, t1, y, args, state, False)
+        return y, state
+
+    @compile_
+    def back(y, state, t0, t1, recorded):
+        state = exact.restore_state(term, t1, y, args, state, recorded, False)
+        y, _, state = exact.backward_step(term, t0, t1, y, args, state, False)
+        return y, state
+
+    ts = jnp.asarray(0.1 + 0.0137 * np.arange(11), jnp.float32)
+    y0 = jr.normal(getkey(), (5000,), jnp.float32) / 3
+    y, state = y0, exact.init(term, ts[0], ts[1], y0, args)
+    recorded = []
+    for t0, t1 in zip(ts, ts[1:]):
+        recorded.append(exact.record_state(state))
+        y, state = step(y, state, t0, t1)
+    assert jnp.any(y != y0)
+    for t0, t1, r in list(zip(ts, ts[1:], recorded))[::-1]:
+        y, state = back(y, state, t0, t1, r)
+    assert _bits(y) == _bits(y0)
+
+
 def test_not_without_it():
     # Rounding errors of 1e-7 are all that is wrong.
     solver: Any = diffrax.SemiImplicitEuler()
