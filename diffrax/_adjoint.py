@@ -32,6 +32,7 @@ from ._reversible_loop import Inputs, put_back_start, reversible_loop
 from ._solver import (
     AbstractReversibleSolver,
     AbstractSolver,
+    BitExact,
     HalfSolver,
 )
 from ._solver.fixed_point_reversible import FixedPointReversible, is_plain_erk
@@ -287,7 +288,7 @@ class ReversibleAdjoint(AbstractAdjoint):
             progress_meter=progress_meter,
         )
         if max_steps is None and not _needs_no_buffer(
-            terms, stepsize_controller, reversal.record_state(init_state.solver_state)
+            terms, stepsize_controller, reversal, init_state.solver_state
         ):
             return self._unbounded_loop(solver=solver, **kwargs)
         return self._loop(
@@ -366,7 +367,8 @@ def _choose_reversal(solver: AbstractSolver, solver_state: PyTree) -> AbstractRe
     # inside does not mean being able to undo that of the wrapper.
     if issubclass(type(solver), AbstractReversibleSolver):
         reversible = cast(AbstractReversibleSolver, solver)
-        cls = ExactReversal if reversible.is_bit_exact else AlgebraicReversal
+        # Not a subclass, which may be anything.
+        cls = ExactReversal if type(solver) is BitExact else AlgebraicReversal
         return cls(reversible)
     if type(solver) is HalfSolver and issubclass(
         type(solver.solver), AbstractReversibleSolver
@@ -381,13 +383,16 @@ def _choose_reversal(solver: AbstractSolver, solver_state: PyTree) -> AbstractRe
 def _needs_no_buffer(
     terms: PyTree[AbstractTerm],
     controller: AbstractStepSizeController,
-    recorded: PyTree[Array],
+    reversal: AbstractReversal,
+    solver_state: PyTree,
 ) -> bool:
-    """Whether the times of the steps are known without recording them, and the solver
-    records nothing else."""
+    """Whether the times of the steps are known without recording them (to the last bit,
+    if it depends on that), and the solver records nothing else."""
     if type(controller) is StepTo:
         return True
-    return recorded is None and can_compute_times(terms, controller)
+    if reversal.is_exact or reversal.record_state(solver_state) is not None:
+        return False
+    return can_compute_times(terms, controller)
 
 
 def _check_can_step_back(reversal: AbstractReversal, name: str) -> None:

@@ -1,6 +1,13 @@
 from . import _solver
 from ._adjoint import ReversibleAdjoint
-from ._solver import _upstream_init, BitExact, FixedPointReversible, UReversible
+from ._solver import (
+    _upstream_init,
+    AbstractERK,
+    BitExact,
+    Euler,
+    FixedPointReversible,
+    UReversible,
+)
 from ._upstream_autocitation import *  # noqa: F403
 from ._upstream_autocitation import (
     _parse_reference as _parse_reference,
@@ -37,7 +44,6 @@ def _cite_wrapped(solver, saveat):
     return _added_solver(solver) if found is None else found
 
 
-@citation_rules.append
 def _reversible_solver(solver, saveat=None):
     if type(solver) is UReversible:
         wrapped = _cite_wrapped(solver.solver, saveat)
@@ -51,10 +57,15 @@ def _reversible_solver(solver, saveat=None):
         )
 
 
+citation_rules.append(_reversible_solver)
+
+
 @citation_rules.append
 def _bit_exact_solver(solver, saveat=None):
     if type(solver) is BitExact:
         wrapped = solver.solver
+        if issubclass(type(wrapped), (AbstractERK, Euler)):
+            wrapped = UReversible(wrapped)  # The pair that it is coupled to.
         cite = _reversible_solver if type(wrapped) is UReversible else _cite_wrapped
         found = cite(wrapped, saveat)
         return (

@@ -19,7 +19,7 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from equinox.internal import ω
-from jaxtyping import Array, Int, PyTree, UInt
+from jaxtyping import Array, Bool, Int, PyTree, UInt
 
 from ._lattice import Part
 
@@ -52,8 +52,15 @@ class Damping(NamedTuple):
 
     @classmethod
     def nearest(cls, factor: float, max_steps: int) -> "Damping":
-        """The one of those factors that is nearest to `factor`, in its logarithm."""
-        return cls(max(round(-math.log2(1 - factor)), 1), max_steps)
+        """The one of those factors that is nearest to `factor`, in the logarithm of
+        what it is off from one."""
+        power = round(-math.log2(1 - factor))
+        if power < 1:
+            raise ValueError(
+                f"Cannot use `BitExact(solver)` with a damping by {factor} per step: "
+                "the smallest factor is one half."
+            )
+        return cls(power, max_steps)
 
     @property
     def factor(self) -> float:
@@ -76,7 +83,7 @@ class Damping(NamedTuple):
                 f"damping by {self.factor} per step: the factor nearest to one is "
                 f"{1 - 2.0 ** -max_power(num_bits)}. Consider a solver without damping."
             )
-        num_rows = self.max_steps // period(num_bits, self.power)
+        num_rows = self.max_steps // self._period(num_bits)
         zeros = jnp.zeros(count.shape, f"uint{num_bits}")
         rows = jnp.zeros((num_rows, *count.shape), f"uint{num_bits // 2}")
         return Stack(zeros, zeros, rows)
@@ -88,12 +95,16 @@ class Damping(NamedTuple):
         more than there is room for."""
         if stacks is None:
             return part, None
-        is_good = stacks.num_steps < self.max_steps
+        is_good = self.has_room(stacks)
         for gap in jtu.tree_leaves(_gaps(part, other)):
             limit = 2 ** (gap.dtype.itemsize * 8 - 2 - self.power)
             is_good &= jnp.all((gap <= limit) & (gap >= -limit))
         part, stacks = self._both(self._damp, part, other, stacks, 1)
         return part.nan_unless(is_good), stacks
+
+    def has_room(self, stacks: Stacks) -> Bool[Array, ""]:
+        """For one more step."""
+        return stacks.num_steps < self.max_steps
 
     def undo(
         self, part: Part, other: Part, stacks: Stacks | None
@@ -134,6 +145,9 @@ class Damping(NamedTuple):
         fraction = top & (2**self.power - 1)
         return gap, Stack(fraction, top >> self._shift(top), rows)
 
+    def _period(self, num_bits: int) -> int:
+        return period(num_bits, self.power, self.max_steps + 1)
+
     @property
     def _n(self) -> int:
         return 2**self.power - 1
@@ -160,7 +174,7 @@ class Damping(NamedTuple):
 
     def _row(self, index: Array, top: Array, rows: Array) -> tuple[Any, Any, Array]:
         num_bits = top.dtype.itemsize * 8
-        every = period(num_bits, self.power)
+        every = self._period(num_bits)
         is_time = index % every == 0
         # There is no such row if not.
         row = jnp.where(is_time, index // every - 1, rows.shape[0])
@@ -184,15 +198,15 @@ def max_power(num_bits: int) -> int:
 
 
 @ft.cache
-def period(num_bits: int, power: int) -> int:
+def period(num_bits: int, power: int, at_most: int) -> int:
     """After how many steps at most the lower half of the top of a stack has to be moved
-    below, for there to be room for one more digit all the time."""
+    below, for there to be room for one more digit all the time; or `at_most`."""
     d = 2**power
     largest = 2 ** (num_bits - power) - 1
-    top, steps = largest >> num_bits // 2, 0
-    while True:
+    top = largest >> num_bits // 2
+    for steps in range(at_most):
         # The largest that may come of it.
         top = (top * d + d - 1) // (d - 1)
         if top > largest:
             return steps
-        steps += 1
+    return at_most

@@ -16,6 +16,7 @@ from ._custom_types import BoolScalarLike, RealScalarLike
 
 # How far from where it started a coordinate may be, as a power of two of spacings. Four
 # times as far must not overflow: a move doubles one of them at most, and adds another.
+# What is farther becomes NaN at that move.
 _max_power = {32: 28, 64: 60}
 
 
@@ -48,7 +49,8 @@ class Part(eqx.Module):
         return cls(value, count, start, spacing)
 
     def of(self, count: PyTree[Array], smooth: PyTree[Array]) -> "Part":
-        """Another point, the derivative of which is that of `smooth`."""
+        """Another point, which is NaN where `smooth` is, and the derivative of which is
+        that of `smooth`."""
         leaves = zip(*map(jtu.tree_leaves, (count, self.start, smooth)), self.spacing)
         value = [_with_derivative(_to_value(n, s, x, h), x) for n, s, x, h in leaves]
         value = jtu.tree_unflatten(jtu.tree_structure(smooth), value)
@@ -57,13 +59,14 @@ class Part(eqx.Module):
     def move(self, increment: PyTree[Array], sign: int) -> "Part":
         """With `sign` times `increment` added, which is rounded to the lattice. NaN if
         that is too large or no number."""
+        increment = jtu.tree_map(lambda x, y: x.astype(y.dtype), increment, self.value)
         steps, is_good = self._round(increment)
         add = lambda a, b: a + b if sign > 0 else a - b
         moved = self.of(
             jtu.tree_map(add, self.count, steps),
             jtu.tree_map(add, self.value, increment),
         )
-        return moved.nan_unless(is_good)
+        return moved.nan_unless(is_good & jnp.invert(moved.is_outside()))
 
     def nearest(self, value: PyTree[Array]) -> "Part":
         """`value`, rounded to the lattice. NaN likewise."""
@@ -87,6 +90,14 @@ class Part(eqx.Module):
             steps.append(jnp.where(is_small, scaled, 0).astype(_int_like(leaf)))
         return jtu.tree_unflatten(jtu.tree_structure(x), steps), is_good
 
+    def is_elsewhere(self) -> Bool[Array, ""]:
+        """Whether `value` is not what the count says; or no number."""
+        elsewhere = jnp.array(False)
+        trees = self.count, self.start, self.value
+        for n, s, x, h in zip(*map(jtu.tree_leaves, trees), self.spacing, strict=True):
+            elsewhere |= jnp.any(_to_value(n, s, x, h) != lax.stop_gradient(x))
+        return elsewhere
+
     def is_outside(self) -> Bool[Array, ""]:
         """Whether any of it is farther from where it started than there is room for, or
         no number."""
@@ -106,9 +117,21 @@ def full_size(y: PyTree[Array], size: PyTree[RealScalarLike]) -> list[float]:
 def spacings(y: PyTree[Array], size: PyTree[RealScalarLike]) -> tuple[float, ...]:
     """For each leaf: as far apart as floating-point numbers of about that `size`."""
     pairs = zip(full_size(y, size), jtu.tree_leaves(y), strict=True)
-    return tuple(
-        2.0 ** math.ceil(math.log2(s)) * float(jnp.finfo(x.dtype).eps) for s, x in pairs
-    )
+    return tuple(_spacing(s, x.dtype) for s, x in pairs)
+
+
+def _spacing(size: float, dtype: Any) -> float:
+    limits = jnp.finfo(dtype)
+    # The range takes up that many spacings; and there has to be a number for each.
+    smallest = float(limits.tiny) / float(limits.eps)
+    largest = float(limits.max) / 2 ** (_max_power[limits.bits] - limits.nmant)
+    if not smallest <= size <= largest / 4:
+        raise ValueError(
+            f"Must have `{smallest:.0e} <= size <= {largest / 4:.0e}` in "
+            f"`BitExact(solver, size=...)` with {limits.bits}-bit precision, but got "
+            f"{size}."
+        )
+    return 2.0 ** math.ceil(math.log2(size)) * float(limits.eps)
 
 
 def _stack(x: Array) -> Array:
@@ -142,9 +165,8 @@ def _to_value(count: Array, start: Array, like: Array, spacing: float) -> Array:
 
 @jax.custom_jvp
 def _with_derivative(value: Array, smooth: Array) -> Array:
-    """`value`, with the derivative of `smooth`."""
-    del smooth
-    return value
+    """`value`, or NaN where `smooth` is; with the derivative of `smooth`."""
+    return jnp.where(jnp.isnan(smooth), smooth, value)
 
 
 @_with_derivative.defjvp

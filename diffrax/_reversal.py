@@ -40,7 +40,7 @@ class AbstractReversal(eqx.Module):
     max_corrections: eqx.AbstractVar[int]
     # Whether there is a `step_back`. If not then every step is made from a known state.
     can_step_back: eqx.AbstractClassVar[bool]
-    # Whether that is said to recover every bit.
+    # Whether that recovers every bit: by integers, each step of which is one-to-one.
     is_exact: ClassVar[bool] = False
 
     @property

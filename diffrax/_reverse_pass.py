@@ -209,7 +209,11 @@ class ReversePass(eqx.Module):
         signals = eqx.tree_at(lambda s: s.cotangents, round_.signals, differs)
         if self.step.closed.reversal.is_exact:
             # A single bit, somewhere on the way, may have become any error since.
-            is_wrong = try_ & jnp.invert(_has_same_bits((new.y, new.hint), state0))
+            is_wrong = lax.cond(
+                eqxi.unvmap_any(try_),
+                lambda: try_ & jnp.invert(_has_same_bits((new.y, new.hint), state0)),
+                lambda: jnp.array(False),
+            )
             signals = eqx.tree_at(
                 lambda s: s.rounding, signals, jnp.where(is_wrong, jnp.inf, 0)
             )

@@ -19,6 +19,7 @@ from ._closed_solve import as_arrays, ClosedSolve, LocalSolve
 from ._constant_record import ConstantRecord
 from ._custom_types import Args, Y
 from ._drift_error import refuse_drift
+from ._reverse_mode_only import reverse_mode_only
 from ._reverse_output import Cursor, DenseOutput, SavedOutput
 from ._reverse_pass import ReversePass
 from ._reverse_step import add, filter_inexact, Position, ReverseStep, zeros_like
@@ -163,6 +164,17 @@ def _no_second_reverse(x: PyTree, name: str) -> PyTree:
     return eqxi.nondifferentiable_backward(x, msg=msg, symbolic=True)
 
 
+def _no_second_derivative(x: PyTree, name: str) -> PyTree:
+    # Nothing is rounded in undoing a step; but in undoing the derivative of one, which
+    # is no integer. Whatever that comes to, nothing would tell.
+    return reverse_mode_only(
+        x,
+        f"Cannot differentiate a gradient through `BitExact(solver)` by `adjoint={name}"
+        "()`: every bit of a state comes back, but not of its derivative. Consider "
+        "using `solver` without `BitExact`, or `adjoint=DirectAdjoint()`.",
+    )
+
+
 def put_back_start(final_state: Any, init_state: Any, subs: list[SubSaveAt]) -> Any:
     """`final_state` with what the loop did not change, but only passed on, as it was in
     `init_state`: its gradient does not go through the loop."""
@@ -218,6 +230,8 @@ def _reversible_loop_bwd(
 ):
     closed = eqx.combine(inputs.closed, closed)
     y1, solver_state1, num_steps, rows, event_times, record, stored, moved = residuals
+    if closed.reversal.is_exact:
+        y1, solver_state1 = _no_second_derivative((y1, solver_state1), closed.name)
     is_perturbed: Any = perturbed
     diff_times = eqx.filter(inputs.times, is_perturbed.times)
     # Parameters that are not being differentiated need no gradient, so do not compute

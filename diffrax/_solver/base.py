@@ -75,18 +75,11 @@ class AbstractReversibleSolver(AbstractSolver[_SolverState]):
     `step`, which evaluation is at the same point in the `backward_step` of the step
     that comes *next* (unless that starts with a jump): of a solver, say, that keeps in
     its state the vector field with which a step ended, for the next one to start with.
-
-    The class attribute `is_bit_exact` says that `backward_step` recovers every bit of
-    `y` and of the integers in the solver state, as [`diffrax.BitExact`][] does. Then
-    there are no rounding errors for the certificate of [`diffrax.ReversibleAdjoint`][]
-    to follow: instead, what going back leads to is compared with each state that is
-    known. The default is `False`.
     """
 
     # Documented above.
     shared_evaluations: ClassVar[SharedIndices | None] = None
     carried_evaluations: ClassVar[SharedIndices | None] = None
-    is_bit_exact: ClassVar[bool] = False
 
     @abc.abstractmethod
     def backward_step(
@@ -180,7 +173,7 @@ class AbstractReversibleSolver(AbstractSolver[_SolverState]):
         t0: RealScalarLike,
         t1: RealScalarLike,
         args: Args,
-    ) -> Sequence[tuple[int, Callable[[tuple], PyTree]]]:
+    ) -> Sequence[tuple[int, Callable[[Sequence[PyTree]], PyTree]]]:
         """For [`diffrax.BitExact`][], if `y` is a tuple and there is no solver state:
         what `step` adds, one part of `y` after the other.
 
@@ -190,7 +183,8 @@ class AbstractReversibleSolver(AbstractSolver[_SolverState]):
 
         Pairs of an index and a function of `y`, in the order in which they are made:
         `(i, increment)` stands for adding `increment(y)` to `y[i]`, on which that must
-        not depend. What takes any arithmetic belongs inside of that function.
+        not depend. Arithmetic other than `terms[i].contr(t0, t1)` belongs inside of
+        that function, where it is rounded alike each time.
 
         By default there are none, and the solver cannot be wrapped.
         """

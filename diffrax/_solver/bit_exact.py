@@ -1,5 +1,5 @@
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
 from .._custom_types import Args, BoolScalarLike, DenseInfo, RealScalarLike, VF, Y
-from .._damped_gap import Stacks
+from .._damped_gap import Damping, Stacks
 from .._heuristics import is_sde
 from .._lattice import Part, spacings
 from .._local_interpolation import AbstractLocalInterpolation
@@ -22,9 +22,19 @@ from .base import (
     AbstractWrappedSolver,
 )
 from .euler import Euler
-from .exact_carrying import Asynchronous, Heun, Verlet
-from .exact_coupled import Coupled
-from .exact_steps import AbstractExactStep, Leapfrog, Made, Shears, Step
+from .exact_carrying import (
+    ExactAsynchronousLeapfrog,
+    ExactReversibleHeun,
+    ExactVelocityVerlet,
+)
+from .exact_coupled import ExactCoupled
+from .exact_steps import (
+    AbstractExactStep,
+    ExactLeapfrogMidpoint,
+    ExactShears,
+    Made,
+    Setting,
+)
 from .leapfrog_midpoint import LeapfrogMidpoint
 from .reversible import UReversible
 from .reversible_heun import ReversibleHeun
@@ -81,15 +91,17 @@ class BitExact(AbstractReversibleSolver, AbstractWrappedSolver):
         number and step, with $\lambda$ the coupling parameter: 0.0014 bits for 0.999,
         and 0.19 for 0.9. ($\lambda$ is rounded to $1 - 2^{-k}$, here to 0.875.) In
         return, there is no $\lambda^{-n}$ by which going back over $n$ steps multiplies
-        rounding errors, so that $\lambda$ can be as small as stability asks for.
+        rounding errors, so that $\lambda$ can be as small as stability asks for, down
+        to one half.
 
-    Order, stability, number of evaluations, error estimate and interpolation are those
-    of the wrapped solver. (After a jump, `ReversibleHeun` evaluates the vector field at
-    $\hat y$, not at $y$.) The solution is that of the wrapped solver up to rounding:
-    with its values rounded to the spacing of the lattice where that makes them in
-    floating point. On the way back each step evaluates the vector field once to be
-    undone, and once more to be differentiated: these are [not
-    shared](../extending.md#evaluating-once), as each would not be rounded like the
+    The solution is that of the wrapped solver, or of the pair that it is coupled to,
+    with what each step adds rounded to the lattice. Order, stability, number of
+    evaluations, error estimate and interpolation are the same. (After a jump,
+    `ReversibleHeun` evaluates the vector field at $\hat y$, not at $y$. The error
+    estimate of a coupled method without damping does not include how far the two states
+    are apart: that grows slowly, and no smaller step would reduce it.) On the way back
+    the evaluations that undo a step are made again to differentiate it: they are [not
+    shared](../extending.md#evaluating-once), as the one would not be rounded like the
     other.
 
     When solving SDEs, converges to the Stratonovich solution if the wrapped method
@@ -98,18 +110,30 @@ class BitExact(AbstractReversibleSolver, AbstractWrappedSolver):
 
     **Its gradient** is that of the steps without rounding, taken at the points of the
     lattice. (The derivative of rounding is zero almost everywhere, and of no use.) It
-    is the same by every adjoint. By [`diffrax.ReversibleAdjoint`][], with
-    `checkpoints=0`, it takes constant memory, apart from what is stored for damping,
-    also for chaotic problems: that the bits are right is checked where the state is
-    known, and then there is nothing else for the
-    [certificate](../how-it-works.md#the-certificate) to follow.
+    is the same by every adjoint that differentiates the steps. By
+    [`diffrax.ReversibleAdjoint`][], with `checkpoints=0`, it takes constant memory,
+    apart from the times of the steps and from what is stored for damping, also for
+    chaotic problems: that the bits are right is checked where the state is known, and
+    then there is nothing else for the [certificate](../how-it-works.md#the-certificate)
+    to follow. There are no second derivatives by that adjoint: the derivative of a
+    state is no integer, and is rounded.
+
+    !!! warning "Set `size`"
+
+        What is much smaller than `size` is lost: whatever the numbers are, they are
+        known to about $10^{-7}$ (or $10^{-16}$) times `size`, and not relative to
+        themselves. So numbers of $10^{-8}$, in 32-bit precision and with the default of
+        one, do not move at all. If the leaves of `y0` are of different sizes, then pass
+        a `size` for each.
 
     **The range.** Spacings are those of floating-point numbers of about the given
     `size`: 2^-23 or 2^-52 of the next power of two, in 32-bit or 64-bit precision. No
     number can be farther from where it started than 32 or 256 times that; nor, with
     damping by $1 - 2^{-k}$, the second state from the first one than $2^{7-k}$ or
     $2^{10-k}$ times. A step that would lead there is rejected, if there are adaptive
-    steps; or the solve fails, as it does for values that are not finite.
+    steps; or it leads to NaN, and the solve fails with `RESULTS.nonfinite`. So it does
+    if there is no more room for what is forgotten (see `max_steps`); and if a
+    `solver_state` is passed together with another `y0` than that which it belongs to.
 
     **Best at** gradients of long solves of conservative, chaotic or not quite stable
     equations, and wherever two runs have to be the same. Take a method for them (a
@@ -193,9 +217,7 @@ class BitExact(AbstractReversibleSolver, AbstractWrappedSolver):
 
     solver: AbstractSolver
     size: PyTree[RealScalarLike] = 1.0
-    max_steps: int = 100_000
-
-    is_bit_exact: ClassVar[bool] = True
+    max_steps: int = 4096
 
     def __check_init__(self):
         for size in jtu.tree_leaves(self.size):
@@ -213,26 +235,29 @@ class BitExact(AbstractReversibleSolver, AbstractWrappedSolver):
 
     @property
     def _steps(self) -> AbstractExactStep:
-        solver = self.solver
+        solver: Any = self.solver
         if type(solver) is LeapfrogMidpoint:
-            return Leapfrog(solver)
+            return ExactLeapfrogMidpoint(solver)
         if type(solver) is ReversibleHeun:
-            return Heun(solver)
+            return ExactReversibleHeun(solver)
         if type(solver) is VelocityVerlet:
-            return Verlet(solver)
+            return ExactVelocityVerlet(solver)
         if type(solver) is AsynchronousLeapfrog:
-            return Asynchronous(solver, self.max_steps)
+            return ExactAsynchronousLeapfrog(solver, self.max_steps)
         if type(solver) is UReversible:
-            return Coupled(solver, True, self.max_steps, self.size)
+            damping = Damping.nearest(solver.coupling_parameter, self.max_steps)
+            solver = UReversible(solver.solver, damping.factor, solver.max_gap)
+            return ExactCoupled(solver, damping, self.size)
         if _has_shears(solver):
-            return Shears(solver)
-        if issubclass(type(solver), (AbstractERK, Euler)):
-            return Coupled(UReversible(solver), False, self.max_steps, self.size)
+            return ExactShears(solver)
+        if _is_explicit(solver):
+            return ExactCoupled(UReversible(solver), None, self.size)
         name = solver.__name__ if isinstance(solver, type) else type(solver).__name__
         raise ValueError(
             f"Cannot use `BitExact({name})`: pass an instance of `SemiImplicitEuler`, "
-            "`LeapfrogMidpoint`, `ReversibleHeun`, `UReversible`, an explicit "
-            "Runge--Kutta method, or a solver that defines `shears`."
+            "`VelocityVerlet`, `LeapfrogMidpoint`, `ReversibleHeun`, "
+            "`AsynchronousLeapfrog`, `UReversible`, an explicit Runge--Kutta method, "
+            "or a solver that defines `shears`."
         )
 
     @property
@@ -310,8 +335,11 @@ class BitExact(AbstractReversibleSolver, AbstractWrappedSolver):
         made_jump: BoolScalarLike,
     ) -> tuple[Y, Y | None, DenseInfo, _SolverState, RESULTS]:
         steps = self._steps
-        step = Step.of(terms, t0, t1, y0, args)
-        start = steps.across_jump(step, self._point(y0, solver_state), made_jump)
+        step = Setting.of(terms, t0, t1, y0, args)
+        start = self._point(y0, solver_state)
+        # `y0` may be another one than that of `solver_state`, if that was passed.
+        parts = tuple(x.nan_unless(jnp.invert(x.is_elsewhere())) for x in start.parts)
+        start = steps.across_jump(step, start._replace(parts=parts), made_jump)
         end, kicks = make(steps.moves(step, start.carry), step.same_bits, start)
         end = end._replace(carry=steps.after(step, end.carry))
         made = Made(start, end, kicks)
@@ -320,13 +348,17 @@ class BitExact(AbstractReversibleSolver, AbstractWrappedSolver):
         is_outside = jnp.array(False)
         for part in end.parts:
             is_outside |= part.is_outside()
-        has_failed = steps.has_failed(end)
+        has_room = steps.has_room(start)
         result: Any = RESULTS.successful
-        result = RESULTS.where(has_failed, RESULTS.nonlinear_divergence, result)  # pyright: ignore
+        result = RESULTS.where(  # pyright: ignore
+            steps.has_failed(end), RESULTS.nonlinear_divergence, result
+        )
         result = RESULTS.where(is_outside, RESULTS.nonfinite, result)  # pyright: ignore
-        # For a smaller step to be tried, if there are any.
+        # For a smaller step to be tried, if there are any; which does not help if there
+        # is no room.
         y_error = jtu.tree_map(
-            lambda x: jnp.where(is_outside, jnp.inf, x), steps.error(made)
+            lambda x: jnp.where(is_outside, jnp.where(has_room, jnp.inf, 0), x),
+            steps.error(made),
         )
         return y1, y_error, steps.dense_info(made), solver_state1, result
 
@@ -342,7 +374,7 @@ class BitExact(AbstractReversibleSolver, AbstractWrappedSolver):
     ) -> tuple[Y, DenseInfo, _SolverState]:
         del made_jump
         steps = self._steps
-        step = Step.of(terms, t0, t1, y1, args)
+        step = Setting.of(terms, t0, t1, y1, args)
         end = self._point(y1, solver_state)
         start, kicks = undo(steps.moves(step, end.carry), step.same_bits, end)
         y0, solver_state0 = self._state(start, solver_state)
@@ -361,7 +393,7 @@ class BitExact(AbstractReversibleSolver, AbstractWrappedSolver):
         recorded: PyTree,
         made_jump: BoolScalarLike,
     ) -> _SolverState:
-        step = Step.of(terms, t1, t1, y1, args)
+        step = Setting.of(terms, t1, t1, y1, args)
         point = self._point(y1, solver_state)
         point = self._steps.before_jump(step, point, recorded, made_jump)
         _, solver_state = self._state(point, solver_state)
@@ -405,6 +437,15 @@ class BitExact(AbstractReversibleSolver, AbstractWrappedSolver):
         return self._steps.join(point.values), state
 
 
+def _is_explicit(solver: Any) -> bool:
+    if isinstance(solver, type):
+        return False
+    if issubclass(type(solver), Euler):
+        return type(solver).step is Euler.step
+    # `UReversible` looks at the rest.
+    return issubclass(type(solver), AbstractERK)
+
+
 def _has_shears(solver: Any) -> bool:
     """Whether these are known of the very `step` of a solver."""
     for cls in type(solver).__mro__:
@@ -425,12 +466,17 @@ BitExact.__init__.__doc__ = """**Arguments:**
     `AsynchronousLeapfrog`, which is the derivative of `y`.
 - `max_steps`: For how many steps there is room to store what is forgotten in damping;
     the solve fails at the step after that. Only with damping is anything allocated: for
-    each number and 100,000 steps, in 64-bit precision, 16 bytes with a coupling
-    parameter of 0.999, and 2.4 kilobytes with 0.9.
+    each number, in 64-bit precision, 16 bytes and $-\\log_2(\\lambda) / 8$ for each of
+    `max_steps`. It is part of the solver state, so that `ReversibleAdjoint` has a copy
+    of it for each of its stored states: use that with `checkpoints=0`. Passing over so
+    much at each of many steps takes time as well, so do not ask for much more than is
+    needed.
 
 **Raises:**
 
-`ValueError` if the solver is none of these, or if one of the other arguments is outside
-its range; and (when solving) if `y0` is of another precision than 32 or 64 bits, or if
-an Euler method is to solve an SDE, or `AsynchronousLeapfrog` an SDE or a CDE.
+`ValueError` if the solver is none of these; if one of the other arguments is outside
+its range; if $\\lambda$ is less than one half, or nearer to one than there is room for
+(in 32-bit precision, $1 - 2^{-14}$); and (when solving) if `y0` is of another precision
+than 32 or 64 bits, or if an Euler method is to solve an SDE, or `AsynchronousLeapfrog`
+an SDE or a CDE.
 """

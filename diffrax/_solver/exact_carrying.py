@@ -5,9 +5,7 @@ from collections.abc import Callable
 from typing import ClassVar
 
 import equinox as eqx
-import equinox.internal as eqxi
 import jax
-import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from equinox.internal import ω
@@ -15,11 +13,12 @@ from jaxtyping import PyTree
 
 from .._custom_types import BoolScalarLike, RealScalarLike
 from .._damped_gap import Damping
+from .._evaluate_where import evaluate_where
 from .._lattice import Part
 from .._moves import Kick, Mix, Point, Reflect
 from .asynchronous_leapfrog import AsynchronousLeapfrog
 from .base import AbstractSolver
-from .exact_steps import AbstractExactStep, Step
+from .exact_steps import AbstractExactStep, Setting
 
 
 class AbstractCarrying(AbstractExactStep):
@@ -27,8 +26,14 @@ class AbstractCarrying(AbstractExactStep):
     one, and carries it along. (Unless there is a jump in between.)"""
 
     @abc.abstractmethod
-    def evaluate(self, step: Step, t: RealScalarLike) -> Callable:
+    def evaluate(self, step: Setting, t: RealScalarLike) -> Callable:
         """What is evaluated at `t`, a function of the values of all parts."""
+
+    def carry(self, terms, t0, y0, args):
+        # As going back evaluates it.
+        step = Setting.of(terms, t0, t0, y0, args)
+        values = (*self.split(y0), *self.others(terms, t0, y0, args))
+        return step.same_bits(self.evaluate(step, t0), values)
 
     def across_jump(self, step, point, made_jump):
         return self._again_if(made_jump, step, step.t0, point)
@@ -38,15 +43,15 @@ class AbstractCarrying(AbstractExactStep):
         return self._again_if(next_made_jump, step, step.t1, point)
 
     def _again_if(
-        self, pred: BoolScalarLike, step: Step, t: RealScalarLike, point: Point
+        self, pred: BoolScalarLike, step: Setting, t: RealScalarLike, point: Point
     ) -> Point:
         def again():
             return step.same_bits(self.evaluate(step, t), point.values)
 
-        return point._replace(carry=_where_any(pred, again, point.carry))
+        return point._replace(carry=evaluate_where(pred, again, point.carry))
 
 
-class Heun(AbstractCarrying):
+class ExactReversibleHeun(AbstractCarrying):
     """`ReversibleHeun` is half a kick, a reflection, and half a kick:
 
     y <- y + f(t0, yhat) h / 2,   yhat <- 2 y - yhat,   y <- y + f(t1, yhat) h / 2
@@ -56,9 +61,6 @@ class Heun(AbstractCarrying):
 
     def others(self, terms, t0, y0, args):
         return (y0,)
-
-    def carry(self, terms, t0, y0, args):
-        return terms.vf(t0, y0, args)
 
     def evaluate(self, step, t):
         def evaluate(values):
@@ -85,14 +87,11 @@ class Heun(AbstractCarrying):
         return (second.increment**ω - first.increment**ω).ω
 
 
-class Verlet(AbstractCarrying):
+class ExactVelocityVerlet(AbstractCarrying):
     """`VelocityVerlet`."""
 
     solver: AbstractSolver
     splits_y: ClassVar[bool] = True
-
-    def carry(self, terms, t0, y0, args):
-        return terms[1].vf(t0, y0[0], args)
 
     def evaluate(self, step, t):
         _, kick = step.terms
@@ -122,7 +121,7 @@ class Verlet(AbstractCarrying):
         ]
 
 
-class Asynchronous(AbstractExactStep):
+class ExactAsynchronousLeapfrog(AbstractExactStep):
     """`AsynchronousLeapfrog` is half a step along `v`, a reflection of `v` about the
     vector field, after which it may be damped, and half a step along the new `v`."""
 
@@ -149,6 +148,9 @@ class Asynchronous(AbstractExactStep):
         damping = self._damping
         return None if damping is None else damping.start(counts[1])
 
+    def has_room(self, point):
+        return self._damping is None or self._damping.has_room(point.stacks)
+
     def moves(self, step, carry):
         del carry
         control = step.terms.contr(step.t0, step.t1)
@@ -165,8 +167,6 @@ class Asynchronous(AbstractExactStep):
         return [Kick(0, half), reflect, Kick(0, half)]
 
     def across_jump(self, step, point, made_jump):
-        if made_jump is False:
-            return point
         y, v = point.parts
 
         def again():
@@ -176,7 +176,7 @@ class Asynchronous(AbstractExactStep):
             )
             return Part.at(vf, v.spacing)
 
-        return point.set(1, _where_any(made_jump, again, v))
+        return point.set(1, evaluate_where(made_jump, again, v))
 
     def before_jump(self, step, point, recorded, next_made_jump):
         del step, recorded
@@ -202,16 +202,3 @@ class Asynchronous(AbstractExactStep):
 def _is_like(x: PyTree, y: PyTree) -> bool:
     like = lambda tree: jax.eval_shape(lambda: jtu.tree_map(jnp.asarray, tree))
     return eqx.tree_equal(like(x), like(y)) is True
-
-
-def _where_any(
-    pred: BoolScalarLike, fn: Callable[[], PyTree], otherwise: PyTree
-) -> PyTree:
-    """`fn()` where `pred`, which is not evaluated if that is nowhere in a batch."""
-    if pred is False:
-        return otherwise
-    return lax.cond(
-        eqxi.unvmap_any(pred),
-        lambda: jtu.tree_map(lambda a, b: jnp.where(pred, a, b), fn(), otherwise),
-        lambda: otherwise,
-    )

@@ -19,24 +19,19 @@ from .reversible import (
 )
 
 
-class Coupled(AbstractExactStep):
+class ExactCoupled(AbstractExactStep):
     """`UReversible`; or what it would be for a `coupling_parameter` of one, with which
     nothing is forgotten."""
 
     solver: UReversible
-    is_damped: bool
-    max_steps: int
+    damping: Damping | None
     size: PyTree[RealScalarLike]
 
     def others(self, terms, t0, y0, args):
         return (y0,)
 
-    @property
-    def _damping(self) -> Damping:
-        return Damping.nearest(float(self.solver.coupling_parameter), self.max_steps)
-
     def stacks(self, counts):
-        return self._damping.start(counts[0]) if self.is_damped else None
+        return None if self.damping is None else self.damping.start(counts[0])
 
     def moves(self, step, carry):
         del carry
@@ -60,7 +55,7 @@ class Coupled(AbstractExactStep):
         def decrement(k):
             return _negative(_combine(tableau.b_sol, k))
 
-        damp = [Damp(self._damping)] if self.is_damped else []
+        damp = [] if self.damping is None else [Damp(self.damping)]
         return [*damp, Kick(0, forward, increment), Kick(1, backward, decrement)]
 
     def _gap(self, point: Point) -> PyTree:
@@ -78,7 +73,7 @@ class Coupled(AbstractExactStep):
             return info
         # Where each stage gets an equal share of what is lost of the gap: see
         # `UReversible`.
-        factor = self._damping.factor if self.is_damped else 1.0
+        factor = 1.0 if self.damping is None else self.damping.factor
         lost = ((1 - factor) * self._gap(made.start) ** ω).ω
         k = jtu.tree_map(
             lambda d, *x: jnp.stack([xi - d for xi in x]), lost, *self._all_stages(made)
@@ -87,13 +82,17 @@ class Coupled(AbstractExactStep):
 
     def error(self, made):
         error = _combine(self.solver._tableau.b_error, self._all_stages(made))
-        if not self.is_damped:
+        if self.damping is None:
+            # No smaller step makes the gap any smaller.
             return jtu.tree_map(jnp.abs, error)
         gaps = self._gap(made.start), self._gap(made.end)
         infinite = jtu.tree_map(
             lambda x: jnp.array(jnp.inf, jnp.finfo(x.dtype).dtype), error
         )
         return jtu.tree_map(self.solver._error, error, *gaps, infinite)
+
+    def has_room(self, point):
+        return self.damping is None or self.damping.has_room(point.stacks)
 
     def has_failed(self, point):
         y, _ = point.values

@@ -25,7 +25,7 @@ class _ExactControl(TermWithControl):
         return self.same_bits(lambda: self.wrapped.contr(t0, t1, **kwargs))
 
 
-class Step(eqx.Module):
+class Setting(eqx.Module):
     """What there is to a step besides where it starts."""
 
     terms: Any
@@ -37,7 +37,7 @@ class Step(eqx.Module):
     @classmethod
     def of(
         cls, terms: Any, t0: RealScalarLike, t1: RealScalarLike, y: Y, args: Args
-    ) -> "Step":
+    ) -> "Setting":
         same_bits = SameBits(t0)
 
         def exact(term):
@@ -96,11 +96,11 @@ class AbstractExactStep(eqx.Module):
         return None
 
     @abc.abstractmethod
-    def moves(self, step: Step, carry: PyTree) -> Sequence[Move]:
+    def moves(self, step: Setting, carry: PyTree) -> Sequence[Move]:
         """All moves of a step. What of `carry` cannot be computed going back, is here
         what it is at the start of the step."""
 
-    def after(self, step: Step, carry: PyTree) -> PyTree:
+    def after(self, step: Setting, carry: PyTree) -> PyTree:
         """`carry` after the moves of a step."""
         del step
         return carry
@@ -110,13 +110,19 @@ class AbstractExactStep(eqx.Module):
         del carry
         return None
 
-    def across_jump(self, step: Step, point: Point, made_jump: BoolScalarLike) -> Point:
+    def across_jump(
+        self, step: Setting, point: Point, made_jump: BoolScalarLike
+    ) -> Point:
         """Where to start a step from, if that may be across a jump."""
         del step, made_jump
         return point
 
     def before_jump(
-        self, step: Step, point: Point, recorded: PyTree, next_made_jump: BoolScalarLike
+        self,
+        step: Setting,
+        point: Point,
+        recorded: PyTree,
+        next_made_jump: BoolScalarLike,
     ) -> Point:
         """Where a step ended, from where the one that came next started, which may have
         been across a jump, and from what was recorded."""
@@ -131,13 +137,18 @@ class AbstractExactStep(eqx.Module):
         del made
         return None
 
+    def has_room(self, point: Point) -> BoolScalarLike:
+        """Whether what one more step forgets can be stored."""
+        del point
+        return True
+
     def has_failed(self, point: Point) -> BoolScalarLike:
         """Whether there is no going on from here."""
         del point
         return False
 
 
-class Shears(AbstractExactStep):
+class ExactShears(AbstractExactStep):
     """That of a solver which knows how: see `AbstractReversibleSolver.shears`."""
 
     solver: Any
@@ -148,7 +159,7 @@ class Shears(AbstractExactStep):
         return [Kick(to, increment) for to, increment in shears]
 
 
-class Leapfrog(AbstractExactStep):
+class ExactLeapfrogMidpoint(AbstractExactStep):
     """`LeapfrogMidpoint`, the two last points of which take turns. The time of the one
     before is carried along."""
 

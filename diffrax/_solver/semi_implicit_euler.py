@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from typing import Any
 
 from equinox.internal import ω
 
@@ -57,18 +58,11 @@ class SemiImplicitEuler(_SemiImplicitEuler, AbstractReversibleSolver):
         made_jump: BoolScalarLike,
     ) -> tuple[tuple[Ya, Yb], DenseInfo, _SolverState]:
         del solver_state, made_jump
-
-        term_1, term_2 = terms
-        y1_1, y1_2 = y1
-
-        control1 = term_1.contr(t0, t1)
-        control2 = term_2.contr(t0, t1)
-        y0_2 = (y1_2**ω - term_2.vf_prod(t0, y1_1, args, control2) ** ω).ω
-        y0_1 = (y1_1**ω - term_1.vf_prod(t0, y0_2, args, control1) ** ω).ω
-
-        y0 = (y0_1, y0_2)
-        dense_info = dict(y0=y0, y1=y1)
-        return y0, dense_info, None
+        y: Any = list(y1)
+        for half, increment in reversed(self.shears(terms, t0, t1, args)):
+            y[half] = (y[half] ** ω - increment(y) ** ω).ω
+        y0 = tuple(y)
+        return y0, dict(y0=y0, y1=y1), None
 
     def shears(
         self,
