@@ -54,13 +54,12 @@ class Damping(NamedTuple):
     def nearest(cls, factor: float, max_steps: int) -> "Damping":
         """The one of those factors that is nearest to `factor`, in the logarithm of
         what it is off from one."""
-        power = round(-math.log2(1 - factor))
-        if power < 1:
+        if factor < 0.5:
             raise ValueError(
                 f"Cannot use `BitExact(solver)` with a damping by {factor} per step: "
                 "the smallest factor is one half."
             )
-        return cls(power, max_steps)
+        return cls(round(-math.log2(1 - factor)), max_steps)
 
     @property
     def factor(self) -> float:
@@ -102,8 +101,10 @@ class Damping(NamedTuple):
         part, stacks = self._both(self._damp, part, other, stacks, 1)
         return part.nan_unless(is_good), stacks
 
-    def has_room(self, stacks: Stacks) -> Bool[Array, ""]:
+    def has_room(self, stacks: Stacks | None) -> Bool[Array, ""]:
         """For one more step."""
+        if stacks is None:
+            return jnp.array(True)
         return stacks.num_steps < self.max_steps
 
     def undo(

@@ -59,7 +59,7 @@ class Part(eqx.Module):
     def move(self, increment: PyTree[Array], sign: int) -> "Part":
         """With `sign` times `increment` added, which is rounded to the lattice. NaN if
         that is too large or no number."""
-        increment = jtu.tree_map(lambda x, y: x.astype(y.dtype), increment, self.value)
+        increment = jtu.tree_map(_as_dtype_of, increment, self.value)
         steps, is_good = self._round(increment)
         add = lambda a, b: a + b if sign > 0 else a - b
         moved = self.of(
@@ -127,11 +127,19 @@ def _spacing(size: float, dtype: Any) -> float:
     largest = float(limits.max) / 2 ** (_max_power[limits.bits] - limits.nmant)
     if not smallest <= size <= largest / 4:
         raise ValueError(
-            f"Must have `{smallest:.0e} <= size <= {largest / 4:.0e}` in "
-            f"`BitExact(solver, size=...)` with {limits.bits}-bit precision, but got "
-            f"{size}."
+            f"Cannot use `BitExact(solver, size={size})` with {limits.bits}-bit "
+            f"precision: must have `{smallest:.2g} <= size <= {largest / 4:.2g}`."
         )
     return 2.0 ** math.ceil(math.log2(size)) * float(limits.eps)
+
+
+def _as_dtype_of(x: Array, y: Array) -> Array:
+    if jnp.iscomplexobj(x) and not jnp.iscomplexobj(y):
+        raise ValueError(
+            "Cannot use `BitExact(solver)` to add complex numbers to real ones. "
+            "Consider making `y0` complex."
+        )
+    return x.astype(y.dtype)
 
 
 def _stack(x: Array) -> Array:

@@ -36,7 +36,7 @@ class SameBits(eqx.Module):
 
     def __init__(self, t: RealScalarLike):
         """`t` is any number: it does not matter which."""
-        t = lax.stop_gradient(jnp.asarray(t))
+        t = lax.optimization_barrier(lax.stop_gradient(jnp.asarray(t)))
         # `True`, also for NaN. XLA does not know that.
         smaller, larger = lax.sort(jnp.stack([t, t]))
         self.always = jnp.invert(eqxi.unvmap_any(smaller > larger))

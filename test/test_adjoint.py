@@ -554,6 +554,7 @@ def test_citation(capsys):
         (diffrax.UReversible(diffrax.EES27()), "shmelev2025explicit"),
         (diffrax.BitExact(diffrax.PEFRL()), "rein2018janus"),
         (diffrax.BitExact(diffrax.UReversible(diffrax.Heun())), "mccallum2024"),
+        (diffrax.BitExact(diffrax.Tsit5()), "mccallum2024"),
     ):
         diffrax.citation(solver=solver)
         assert key in capsys.readouterr().out

@@ -494,7 +494,8 @@ def test_bits_are_compared(checkpoints):
     ],
 )
 def test_damping(power, size, getkey):
-    # For part of what is stored to be moved out of the way more than once.
+    # For part of what is stored to be moved out of the way more than once, if that does
+    # not take too many steps.
     num_steps = min(2 * period(32, power, 20_000) + 3, 20_000)
     damping = Damping(power, num_steps)
 
@@ -556,7 +557,7 @@ def test_point_of_a_lattice(dtype, getkey):
         assert jnp.all(jnp.isnan(lost.move(increment, 1).value))
 
 
-def test_real_increment_of_complex_numbers(getkey):
+def test_real_increment_of_complex_numbers():
     start = Part.at(jnp.zeros(2, jnp.complex64), (2.0**-10,))
     moved = start.move(jnp.array([1.0, 2.0], jnp.float32), 1)
     np.testing.assert_array_equal(moved.value, np.array([1, 2], np.complex64))
@@ -582,16 +583,20 @@ def test_many_moves_do_not_overflow():
 )
 def test_failures(solver):
     solver = diffrax.BitExact(solver)
-    terms = diffrax.ODETerm(lambda t, y, args: jnp.where(t > args, jnp.nan, -y))
+    # Of a step or two, and of no other ones.
+    window = lambda t, first: jnp.abs(t - first) < 0.06
+    terms = diffrax.ODETerm(
+        lambda t, y, first: jnp.where(window(t, first), jnp.nan, -y)
+    )
     y0 = jnp.array([1.0, 2.0])
     saveat = diffrax.SaveAt(t1=True, solver_state=True)
 
     @eqx.filter_jit
-    def solve(y0, limit, state=None):
+    def solve(y0, first, state=None):
         return diffrax.diffeqsolve(
             terms,
             solver,
-            *(0.0, 1.0, 0.1, y0, limit),
+            *(0.0, 1.0, 0.1, y0, first),
             solver_state=state,
             saveat=saveat,
             throw=False,
@@ -599,14 +604,41 @@ def test_failures(solver):
 
     good = solve(y0, jnp.array(2.0))
     assert good.result == diffrax.RESULTS.successful
-    # Not a number, once; from `limit` on, between two ends of steps.
-    bad = solve(y0, jnp.array(0.53))
+    bad = solve(y0, jnp.array(0.55))
+    assert bad.result == diffrax.RESULTS.nonfinite
     assert jnp.all(jnp.isnan(bad.ys))
     # A state that is not that of `y0`.
     assert solve(good.ys[-1], jnp.array(2.0), good.solver_state).result == good.result
     bad = solve(good.ys[-1] + 0.1, jnp.array(2.0), good.solver_state)
     assert bad.result == diffrax.RESULTS.nonfinite
     assert jnp.all(jnp.isnan(bad.ys))
+
+
+def test_wrong_state_with_adaptive_steps():
+    @eqx.filter_jit
+    def solve(y0, state=None):
+        return diffrax.diffeqsolve(
+            diffrax.ODETerm(lambda t, y, args: -y),
+            _heun,
+            *(0.0, 1.0, 0.1, y0),
+            stepsize_controller=_pid,
+            solver_state=state,
+            saveat=diffrax.SaveAt(t1=True, solver_state=True),
+            throw=False,
+            max_steps=256,
+        )
+
+    good = solve(jnp.array(1.0))
+    assert good.result == diffrax.RESULTS.successful
+    bad = solve(jnp.array(2.0), good.solver_state)
+    assert bad.result == diffrax.RESULTS.nonfinite
+
+
+def test_nothing_to_solve():
+    solver: Any = diffrax.BitExact(diffrax.UReversible(diffrax.Heun(), 0.9))
+    term = diffrax.ODETerm(lambda t, y, args: y)
+    sol = diffrax.diffeqsolve(term, solver, 0.0, 1.0, 0.1, ())
+    assert sol.ys == ()
 
 
 @pytest.mark.parametrize("controller", (diffrax.ConstantStepSize(), _pid))
@@ -664,9 +696,10 @@ class _OwnEuler(diffrax.Euler):
         (lambda: diffrax.BitExact(_OwnStep()), "defines `shears`"),
         (lambda: diffrax.BitExact(_OwnEuler()), "defines `shears`"),
         (
-            lambda: diffrax.BitExact(diffrax.UReversible(diffrax.Heun(), 0.2)),
+            lambda: diffrax.BitExact(diffrax.UReversible(diffrax.Heun(), 0.4)),
             "one half",
         ),
+        (lambda: diffrax.BitExact(diffrax.AsynchronousLeapfrog(0.6)), "one half"),
     ),
 )
 def test_refused(make, match):

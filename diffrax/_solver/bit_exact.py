@@ -99,7 +99,8 @@ class BitExact(AbstractReversibleSolver, AbstractWrappedSolver):
     evaluations, error estimate and interpolation are the same. (After a jump,
     `ReversibleHeun` evaluates the vector field at $\hat y$, not at $y$. The error
     estimate of a coupled method without damping does not include how far the two states
-    are apart: that grows slowly, and no smaller step would reduce it.) On the way back
+    are apart: where the method is stable that grows slowly, and no smaller step would
+    reduce it.) On the way back
     the evaluations that undo a step are made again to differentiate it: they are [not
     shared](../extending.md#evaluating-once), as the one would not be rounded like the
     other.
@@ -134,6 +135,7 @@ class BitExact(AbstractReversibleSolver, AbstractWrappedSolver):
     steps; or it leads to NaN, and the solve fails with `RESULTS.nonfinite`. So it does
     if there is no more room for what is forgotten (see `max_steps`); and if a
     `solver_state` is passed together with another `y0` than that which it belongs to.
+    (Leave it out, then.)
 
     **Best at** gradients of long solves of conservative, chaotic or not quite stable
     equations, and wherever two runs have to be the same. Take a method for them (a
@@ -243,7 +245,13 @@ class BitExact(AbstractReversibleSolver, AbstractWrappedSolver):
         if type(solver) is VelocityVerlet:
             return ExactVelocityVerlet(solver)
         if type(solver) is AsynchronousLeapfrog:
-            return ExactAsynchronousLeapfrog(solver, self.max_steps)
+            factor = abs(2 * solver.eta - 1)
+            if factor == 1:
+                return ExactAsynchronousLeapfrog(solver, None)
+            damping = Damping.nearest(factor, self.max_steps)
+            sign = 1 if solver.eta > 0.5 else -1
+            solver = AsynchronousLeapfrog((1 + sign * damping.factor) / 2)
+            return ExactAsynchronousLeapfrog(solver, damping)
         if type(solver) is UReversible:
             damping = Damping.nearest(solver.coupling_parameter, self.max_steps)
             solver = UReversible(solver.solver, damping.factor, solver.max_gap)
@@ -338,7 +346,10 @@ class BitExact(AbstractReversibleSolver, AbstractWrappedSolver):
         step = Setting.of(terms, t0, t1, y0, args)
         start = self._point(y0, solver_state)
         # `y0` may be another one than that of `solver_state`, if that was passed.
-        parts = tuple(x.nan_unless(jnp.invert(x.is_elsewhere())) for x in start.parts)
+        belongs = jnp.array(True)
+        for part in start.parts:
+            belongs &= jnp.invert(part.is_elsewhere())
+        parts = tuple(part.nan_unless(belongs) for part in start.parts)
         start = steps.across_jump(step, start._replace(parts=parts), made_jump)
         end, kicks = make(steps.moves(step, start.carry), step.same_bits, start)
         end = end._replace(carry=steps.after(step, end.carry))
@@ -348,16 +359,15 @@ class BitExact(AbstractReversibleSolver, AbstractWrappedSolver):
         is_outside = jnp.array(False)
         for part in end.parts:
             is_outside |= part.is_outside()
-        has_room = steps.has_room(start)
+        may_retry = belongs & steps.has_room(start)
         result: Any = RESULTS.successful
         result = RESULTS.where(  # pyright: ignore
             steps.has_failed(end), RESULTS.nonlinear_divergence, result
         )
         result = RESULTS.where(is_outside, RESULTS.nonfinite, result)  # pyright: ignore
-        # For a smaller step to be tried, if there are any; which does not help if there
-        # is no room.
+        # For a smaller step to be tried, if there are any, and if that may help.
         y_error = jtu.tree_map(
-            lambda x: jnp.where(is_outside, jnp.where(has_room, jnp.inf, 0), x),
+            lambda x: jnp.where(is_outside, jnp.where(may_retry, jnp.inf, 0), x),
             steps.error(made),
         )
         return y1, y_error, steps.dense_info(made), solver_state1, result
@@ -475,8 +485,9 @@ BitExact.__init__.__doc__ = """**Arguments:**
 **Raises:**
 
 `ValueError` if the solver is none of these; if one of the other arguments is outside
-its range; if $\\lambda$ is less than one half, or nearer to one than there is room for
-(in 32-bit precision, $1 - 2^{-14}$); and (when solving) if `y0` is of another precision
-than 32 or 64 bits, or if an Euler method is to solve an SDE, or `AsynchronousLeapfrog`
-an SDE or a CDE.
+its range; if $\\lambda$ (of `AsynchronousLeapfrog`, $|2 \\eta - 1|$) is less than one
+half; and, when solving, if it is nearer to one than there is room for (in 32-bit
+precision, $1 - 2^{-14}$), if `size` is not of the range of the precision, if `y0` is of
+another precision than 32 or 64 bits, or if an Euler method is to solve an SDE, or
+`AsynchronousLeapfrog` an SDE or a CDE.
 """

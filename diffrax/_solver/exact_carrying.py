@@ -126,7 +126,7 @@ class ExactAsynchronousLeapfrog(AbstractExactStep):
     vector field, after which it may be damped, and half a step along the new `v`."""
 
     solver: AsynchronousLeapfrog
-    max_steps: int
+    damping: Damping | None
     others_start_at_y: ClassVar[bool] = False
 
     def others(self, terms, t0, y0, args):
@@ -139,17 +139,11 @@ class ExactAsynchronousLeapfrog(AbstractExactStep):
             )
         return (vf,)
 
-    @property
-    def _damping(self) -> Damping | None:
-        factor = abs(2 * float(self.solver.eta) - 1)
-        return None if factor == 1 else Damping.nearest(factor, self.max_steps)
-
     def stacks(self, counts):
-        damping = self._damping
-        return None if damping is None else damping.start(counts[1])
+        return None if self.damping is None else self.damping.start(counts[1])
 
     def has_room(self, point):
-        return self._damping is None or self._damping.has_room(point.stacks)
+        return self.damping is None or self.damping.has_room(point.stacks)
 
     def moves(self, step, carry):
         del carry
@@ -163,7 +157,7 @@ class ExactAsynchronousLeapfrog(AbstractExactStep):
             y, _ = values
             return step.terms.vf(step.middle, y, step.args)
 
-        reflect = Reflect(1, evaluate, self._damping, float(self.solver.eta) > 0.5)
+        reflect = Reflect(1, evaluate, self.damping, float(self.solver.eta) > 0.5)
         return [Kick(0, half), reflect, Kick(0, half)]
 
     def across_jump(self, step, point, made_jump):
