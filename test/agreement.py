@@ -578,7 +578,7 @@ _case("SDE", single_term=True, has_control=True, is_sde=True, quick_solver="Heun
     has_control=True,
     is_sde=True,
     is_adaptive=True,
-    quick_solver="ReversibleHeun",
+    is_quick=False,
 )
 def _adaptive_sde(solve):
     # Each step size depends on the path, and so on the step size before: on a path that
@@ -638,7 +638,7 @@ def _vmap_adaptive(solve):
     return jax.vmap(solve_one)(_batch(solve) ** 3)
 
 
-@_case("vmap, jumps", is_adaptive=True)
+@_case("vmap, jumps", is_adaptive=True, is_quick=False)
 def _vmap_jumps(solve):
     solve_one = lambda t: _jump(solve, ts, jnp.stack([t, t + 0.5]))
     return jax.vmap(solve_one)(jnp.array([0.8, 1.0, 1.5]))

@@ -75,7 +75,15 @@ def _with_code(paths):
     return [path for path in paths if "```python" in path.read_text()]
 
 
-@pytest.mark.parametrize("path", _with_code(pages), ids=_name)
+# The longest of them takes nearly a minute.
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, marks=pytest.mark.slow if path.stem == "faq" else ())
+        for path in _with_code(pages)
+    ],
+    ids=_name,
+)
 def test_code_of_page_runs(path):
     examples = _examples(path)
     assert len(examples) == path.read_text().count("```python")
