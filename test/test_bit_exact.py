@@ -592,7 +592,7 @@ def test_failures(solver):
     saveat = diffrax.SaveAt(t1=True, solver_state=True)
 
     @eqx.filter_jit
-    def solve(y0, first, state=None):
+    def solve(y0, first, state=None) -> Any:
         return diffrax.diffeqsolve(
             terms,
             solver,

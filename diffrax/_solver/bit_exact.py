@@ -245,7 +245,7 @@ class BitExact(AbstractReversibleSolver, AbstractWrappedSolver):
         if type(solver) is VelocityVerlet:
             return ExactVelocityVerlet(solver)
         if type(solver) is AsynchronousLeapfrog:
-            factor = abs(2 * solver.eta - 1)
+            factor = abs(2 * float(solver.eta) - 1)
             if factor == 1:
                 return ExactAsynchronousLeapfrog(solver, None)
             damping = Damping.nearest(factor, self.max_steps)
@@ -253,7 +253,8 @@ class BitExact(AbstractReversibleSolver, AbstractWrappedSolver):
             solver = AsynchronousLeapfrog((1 + sign * damping.factor) / 2)
             return ExactAsynchronousLeapfrog(solver, damping)
         if type(solver) is UReversible:
-            damping = Damping.nearest(solver.coupling_parameter, self.max_steps)
+            factor = float(solver.coupling_parameter)
+            damping = Damping.nearest(factor, self.max_steps)
             solver = UReversible(solver.solver, damping.factor, solver.max_gap)
             return ExactCoupled(solver, damping, self.size)
         if _has_shears(solver):
@@ -361,9 +362,8 @@ class BitExact(AbstractReversibleSolver, AbstractWrappedSolver):
             is_outside |= part.is_outside()
         may_retry = belongs & steps.has_room(start)
         result: Any = RESULTS.successful
-        result = RESULTS.where(  # pyright: ignore
-            steps.has_failed(end), RESULTS.nonlinear_divergence, result
-        )
+        has_failed = steps.has_failed(end)
+        result = RESULTS.where(has_failed, RESULTS.nonlinear_divergence, result)  # pyright: ignore
         result = RESULTS.where(is_outside, RESULTS.nonfinite, result)  # pyright: ignore
         # For a smaller step to be tried, if there are any, and if that may help.
         y_error = jtu.tree_map(
