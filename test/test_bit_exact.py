@@ -637,8 +637,10 @@ def test_wrong_state_with_adaptive_steps():
 def test_nothing_to_solve():
     solver: Any = diffrax.BitExact(diffrax.UReversible(diffrax.Heun(), 0.9))
     term = diffrax.ODETerm(lambda t, y, args: y)
-    sol = diffrax.diffeqsolve(term, solver, 0.0, 1.0, 0.1, ())
-    assert sol.ys == ()
+    state = solver.init(term, 0.0, 1.0, (), None)
+    y1, _, _, state, result = solver.step(term, 0.0, 1.0, (), None, state, False)
+    assert y1 == ()
+    assert result == diffrax.RESULTS.successful
 
 
 @pytest.mark.parametrize("controller", (diffrax.ConstantStepSize(), _pid))
