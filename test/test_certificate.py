@@ -266,6 +266,7 @@ def test_report(checkpoints, t1):
     assert not jnp.any(report.corrections[n:]) and not jnp.any(report.replays[n:])
 
 
+@pytest.mark.slow
 def test_report_of_a_batch():
     adjoint = diffrax.ReversibleAdjoint(3)
     report = lambda y0: diffrax.reversal_report(

@@ -150,7 +150,11 @@ def test_hard_problems(name, rtol, batch):
             marks=pytest.mark.slow,
         ),
         # Cannot be undone at all.
-        (diffrax.Kvaerno3(), diffrax.PIDController(rtol=1e-4, atol=1e-6)),
+        pytest.param(
+            diffrax.Kvaerno3(),
+            diffrax.PIDController(rtol=1e-4, atol=1e-6),
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             diffrax.HalfSolver(diffrax.Bosh3()),
             diffrax.PIDController(rtol=1e-4, atol=1e-6),
