@@ -203,6 +203,29 @@ def test_programs_of_their_own(solver, compile_, getkey):
     assert _bits(y) == _bits(y0)
 
 
+@pytest.mark.parametrize("solver", (diffrax.ReversibleHeun(), diffrax.VelocityVerlet()))
+def test_first_evaluation(solver):
+    # XLA folds what is computed of constants, and may round it in another way.
+    exact: Any = diffrax.BitExact(solver, size=8.0)
+    term = diffrax.ODETerm(
+        lambda t, y, a: a * y + y**3 / 7 - jnp.sin(3 * y) * y + jnp.exp(-y * y) * a
+    )
+    terms, y0, args = term, np.float32(np.linspace(-3, 3, 100_000)), jnp.float32(1.7)
+    if isinstance(solver, diffrax.VelocityVerlet):
+        terms, y0 = (diffrax.ODETerm(_velocity), term), (y0, y0[::-1])
+
+    @jax.jit
+    def there_and_back():
+        t0, t1 = jnp.float32(0.0), jnp.float32(0.13)
+        start = jtu.tree_map(jnp.asarray, y0)
+        state = exact.init(terms, t0, t1, start, args)
+        y, _, _, state, _ = exact.step(terms, t0, t1, start, args, state, False)
+        state = exact.restore_state(terms, t1, y, args, state, None, False)
+        return exact.backward_step(terms, t0, t1, y, args, state, False)[0]
+
+    assert _bits(there_and_back()) == _bits(y0)
+
+
 def test_not_without_it():
     # Rounding errors of 1e-7 are all that is wrong.
     solver: Any = diffrax.SemiImplicitEuler()
@@ -391,8 +414,11 @@ def _random_field(rng, depth, size) -> Any:
     return rng.choice(nodes)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(24))
+# Of the fifth, bits are lost if it is not evaluated in a branch.
+@pytest.mark.parametrize(
+    "seed",
+    [pytest.param(i, marks=() if i == 5 else pytest.mark.slow) for i in range(24)],
+)
 def test_random_vector_fields(seed):
     rng = random.Random(seed)
     size, depth = rng.choice((1, 3, 33, 70)), rng.randrange(1, 5)
