@@ -210,7 +210,8 @@ def test_first_evaluation(solver):
     term = diffrax.ODETerm(
         lambda t, y, a: a * y + y**3 / 7 - jnp.sin(3 * y) * y + jnp.exp(-y * y) * a
     )
-    terms, y0, args = term, np.float32(np.linspace(-3, 3, 100_000)), jnp.float32(1.7)
+    terms, args = term, jnp.float32(1.7)
+    y0: Any = np.linspace(-3, 3, 100_000, dtype=np.float32)
     if isinstance(solver, diffrax.VelocityVerlet):
         terms, y0 = (diffrax.ODETerm(_velocity), term), (y0, y0[::-1])
 
