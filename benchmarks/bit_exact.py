@@ -185,7 +185,7 @@ def cost(problem: str, name: str, dtype: Any, repeats: int) -> dict[str, Any]:
     if name == "Tsit5":
         # That of which it is the limit.
         plain = diffrax.UReversible(solver, 0.999, max_gap=float("inf"))
-    exact = diffrax.BitExact(solver, max_steps=num_steps)
+    exact = diffrax.BitExact(solver, size=1.0, max_steps=num_steps)
     programs: dict[str, list[Any]] = {"solve": [], "gradient": []}
     compiling = []
     for one, certificate in ((exact, "full"), (plain, "off")):
@@ -212,7 +212,7 @@ def cost(problem: str, name: str, dtype: Any, repeats: int) -> dict[str, Any]:
 def measure(name: str, dtype: str, num_steps: int, repeats: int) -> dict[str, Any]:
     solver = SOLVERS[name]
     row: dict[str, Any] = dict(solver=name, dtype=dtype, steps=num_steps)
-    exact = diffrax.BitExact(solver, max_steps=num_steps)
+    exact = diffrax.BitExact(solver, size=1.0, max_steps=num_steps)
     row["exact"] = recover(name, exact, num_steps, dtype)
     if isinstance(solver, diffrax.AbstractReversibleSolver):
         row["plain"] = recover(name, solver, num_steps, dtype)

@@ -78,8 +78,10 @@ SOLVERS: dict[str, Callable[[], Any]] = {
     "ReversibleHeun": diffrax.ReversibleHeun,
     "UReversible(Heun)": ft.partial(_coupled, diffrax.Heun),
     "UReversible(Tsit5)": ft.partial(_coupled, diffrax.Tsit5),
-    "BitExact(VelocityVerlet)": lambda: diffrax.BitExact(diffrax.VelocityVerlet()),
-    "BitExact(Tsit5)": lambda: diffrax.BitExact(diffrax.Tsit5()),
+    "BitExact(VelocityVerlet)": lambda: diffrax.BitExact(
+        diffrax.VelocityVerlet(), size=1.0
+    ),
+    "BitExact(Tsit5)": lambda: diffrax.BitExact(diffrax.Tsit5(), size=1.0),
     "EES25": diffrax.EES25,
     "EES27": diffrax.EES27,
     "Heun": diffrax.Heun,

@@ -57,7 +57,7 @@ SOLVERS: dict[str, diffrax.AbstractSolver] = {
     "ImplicitMidpoint": diffrax.ImplicitMidpoint(),
     "GaussLegendre4": diffrax.GaussLegendre4(),
     **{
-        f"BitExact({type(solver).__name__})": diffrax.BitExact(solver)
+        f"BitExact({type(solver).__name__})": diffrax.BitExact(solver, size=1.0)
         for solver in (
             diffrax.SemiImplicitEuler(),
             diffrax.VelocityVerlet(),
@@ -68,7 +68,7 @@ SOLVERS: dict[str, diffrax.AbstractSolver] = {
         )
     },
     "BitExact(UReversible(Heun))": diffrax.BitExact(
-        diffrax.UReversible(diffrax.Heun(), 0.9)
+        diffrax.UReversible(diffrax.Heun(), 0.9), size=1.0
     ),
     "HalfSolver(ReversibleHeun)": diffrax.HalfSolver(diffrax.ReversibleHeun()),
     **{

@@ -552,9 +552,12 @@ def test_citation(capsys):
         (diffrax.EES25(), "shmelev2025explicit"),
         (diffrax.GaussLegendre4(), "hairer2006geometric"),
         (diffrax.UReversible(diffrax.EES27()), "shmelev2025explicit"),
-        (diffrax.BitExact(diffrax.PEFRL()), "rein2018janus"),
-        (diffrax.BitExact(diffrax.UReversible(diffrax.Heun())), "mccallum2024"),
-        (diffrax.BitExact(diffrax.Tsit5()), "mccallum2024"),
+        (diffrax.BitExact(diffrax.PEFRL(), size=1.0), "rein2018janus"),
+        (
+            diffrax.BitExact(diffrax.UReversible(diffrax.Heun()), size=1.0),
+            "mccallum2024",
+        ),
+        (diffrax.BitExact(diffrax.Tsit5(), size=1.0), "mccallum2024"),
     ):
         diffrax.citation(solver=solver)
         assert key in capsys.readouterr().out

@@ -77,8 +77,8 @@ _DAMPED = {
 _SOLVERS = _CHAOTIC | _REGULAR | _DAMPED
 
 
-def _exact(name, **kwargs) -> Any:
-    return diffrax.BitExact(_SOLVERS[name], **kwargs)
+def _exact(name, max_steps) -> Any:
+    return diffrax.BitExact(_SOLVERS[name], size=1.0, max_steps=max_steps)
 
 
 def _terms(name) -> Any:
@@ -173,7 +173,7 @@ def test_every_bit_comes_back(name, dtype, num_steps, num):
     (diffrax.LeapfrogMidpoint(), diffrax.ReversibleHeun(), diffrax.Bosh3()),
 )
 def test_programs_of_their_own(solver, compile_, getkey):
-    exact: Any = diffrax.BitExact(solver)
+    exact: Any = diffrax.BitExact(solver, size=1.0)
     term = diffrax.ODETerm(
         lambda t, y, a: a * y + y**3 / 7 - jnp.sin(3 * y) * y + a * jnp.exp(-y * y)
     )
@@ -327,8 +327,8 @@ def _jumping(t, y, scale):
     return jnp.where(t < 0.7, 1.0, 2.0) * scale * jnp.cos(y) + jnp.sin(3 * t)
 
 
-_heun = diffrax.BitExact(diffrax.ReversibleHeun())
-_coupled = diffrax.BitExact(diffrax.UReversible(diffrax.Heun(), 0.9))
+_heun = diffrax.BitExact(diffrax.ReversibleHeun(), size=1.0)
+_coupled = diffrax.BitExact(diffrax.UReversible(diffrax.Heun(), 0.9), size=1.0)
 _pid = diffrax.PIDController(rtol=1e-4, atol=1e-4)
 _clip = diffrax.ClipStepSizeController(_pid, jump_ts=jnp.array([0.7]))
 _cases = {
@@ -338,7 +338,7 @@ _cases = {
     "jump, coupled": (_coupled, dict(stepsize_controller=_clip)),
     "backwards": (_heun, dict(t0=2.0, t1=0.0, dt0=-0.01)),
     "StepTo": (
-        diffrax.BitExact(diffrax.LeapfrogMidpoint()),
+        diffrax.BitExact(diffrax.LeapfrogMidpoint(), size=1.0),
         dict(
             dt0=None,
             stepsize_controller=diffrax.StepTo(
@@ -482,7 +482,7 @@ def test_bits_are_compared(checkpoints):
     def loss(adjoint, y0, scale):
         sol = diffrax.diffeqsolve(
             (diffrax.ODETerm(_velocity), diffrax.ODETerm(_force)),
-            diffrax.BitExact(_DependsOnItself()),
+            diffrax.BitExact(_DependsOnItself(), size=1.0),
             *(0.0, 4.0, 1 / 64, y0, scale),
             adjoint=adjoint,
         )
@@ -609,7 +609,7 @@ def test_many_moves_do_not_overflow():
     ),
 )
 def test_failures(solver):
-    solver = diffrax.BitExact(solver)
+    solver = diffrax.BitExact(solver, size=1.0)
     # Of a step or two, and of no other ones.
     window = lambda t, first: jnp.abs(t - first) < 0.06
     terms = diffrax.ODETerm(
@@ -662,7 +662,7 @@ def test_wrong_state_with_adaptive_steps():
 
 
 def test_nothing_to_solve():
-    solver: Any = diffrax.BitExact(diffrax.UReversible(diffrax.Heun(), 0.9))
+    solver: Any = diffrax.BitExact(diffrax.UReversible(diffrax.Heun(), 0.9), size=1.0)
     term = diffrax.ODETerm(lambda t, y, args: y)
     state = solver.init(term, 0.0, 1.0, (), None)
     y1, _, _, state, result = solver.step(term, 0.0, 1.0, (), None, state, False)
@@ -672,7 +672,9 @@ def test_nothing_to_solve():
 
 @pytest.mark.parametrize("controller", (diffrax.ConstantStepSize(), _pid))
 def test_no_more_room(controller):
-    solver = diffrax.BitExact(diffrax.UReversible(diffrax.Heun(), 0.9), max_steps=20)
+    solver = diffrax.BitExact(
+        diffrax.UReversible(diffrax.Heun(), 0.9), size=1.0, max_steps=20
+    )
     term = diffrax.ODETerm(lambda t, y, args: -y)
 
     @eqx.filter_jit
@@ -718,17 +720,25 @@ class _OwnEuler(diffrax.Euler):
 @pytest.mark.parametrize(
     "make, match",
     (
-        (lambda: diffrax.BitExact(diffrax.Kvaerno3()), "explicit"),
+        (lambda: diffrax.BitExact(diffrax.Kvaerno3(), size=1.0), "explicit"),
         (lambda: diffrax.BitExact(diffrax.Heun(), size=0.0), "`size`"),
         (lambda: diffrax.BitExact(diffrax.Heun(), size=jnp.array(1.0)), "`size`"),
-        (lambda: diffrax.BitExact(diffrax.Heun(), max_steps=0), "`max_steps`"),
-        (lambda: diffrax.BitExact(_OwnStep()), "defines `shears`"),
-        (lambda: diffrax.BitExact(_OwnEuler()), "defines `shears`"),
         (
-            lambda: diffrax.BitExact(diffrax.UReversible(diffrax.Heun(), 0.4)),
+            lambda: diffrax.BitExact(diffrax.Heun(), size=1.0, max_steps=0),
+            "`max_steps`",
+        ),
+        (lambda: diffrax.BitExact(_OwnStep(), size=1.0), "defines `shears`"),
+        (lambda: diffrax.BitExact(_OwnEuler(), size=1.0), "defines `shears`"),
+        (
+            lambda: diffrax.BitExact(
+                diffrax.UReversible(diffrax.Heun(), 0.4), size=1.0
+            ),
             "one half",
         ),
-        (lambda: diffrax.BitExact(diffrax.AsynchronousLeapfrog(0.6)), "one half"),
+        (
+            lambda: diffrax.BitExact(diffrax.AsynchronousLeapfrog(0.6), size=1.0),
+            "one half",
+        ),
     ),
 )
 def test_refused(make, match):
@@ -747,14 +757,14 @@ def test_refused_for_sdes(solver, match):
     with pytest.raises(ValueError, match=match):
         diffrax.diffeqsolve(
             _stochastic(_brownian),
-            diffrax.BitExact(solver),
+            diffrax.BitExact(solver, size=1.0),
             *(0.0, 2.0, 0.1, jnp.array([0.3, -0.4]), jnp.array(0.8)),
         )
 
 
 def test_refused_precision():
     term = diffrax.ODETerm(lambda t, y, args: -y)
-    solver = diffrax.BitExact(diffrax.ReversibleHeun())
+    solver = diffrax.BitExact(diffrax.ReversibleHeun(), size=1.0)
     with pytest.raises(ValueError, match="32 or 64 bits"):
         solver.init(term, 0.0, 1.0, jnp.ones(2, jnp.float16), None)
 
@@ -773,7 +783,7 @@ def test_bound_on_steps_is_needed():
     def grad(y0):
         sol = diffrax.diffeqsolve(
             diffrax.ODETerm(lambda t, y, args: -y),
-            diffrax.BitExact(diffrax.ReversibleHeun()),
+            diffrax.BitExact(diffrax.ReversibleHeun(), size=1.0),
             *(0.0, 1.0, 0.1, y0),
             max_steps=None,
             adjoint=diffrax.ReversibleAdjoint(),

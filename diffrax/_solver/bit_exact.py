@@ -80,7 +80,7 @@ class BitExact(AbstractReversibleSolver, AbstractWrappedSolver):
     - [`diffrax.LeapfrogMidpoint`][], [`diffrax.ReversibleHeun`][] and
         [`diffrax.AsynchronousLeapfrog`][];
     - any explicit Runge--Kutta method with a single tableau, and [`diffrax.Euler`][]:
-        `BitExact(Tsit5())`. It is coupled with a second copy of the state, as in
+        `BitExact(Tsit5(), size)`. It is coupled with a second copy of the state, as in
         [`diffrax.UReversible`][], with a coupling parameter of one:
 
         $$y_1 = y_0 + [\Psi_h(t_0, z_0)], \qquad z_1 = z_0 - [\Psi_{-h}(t_1, y_1)];$$
@@ -119,11 +119,11 @@ class BitExact(AbstractReversibleSolver, AbstractWrappedSolver):
     to follow. There are no second derivatives by that adjoint: the derivative of a
     state is no integer, and is rounded.
 
-    !!! warning "Set `size`"
+    !!! warning "About `size`"
 
         What is much smaller than `size` is lost: whatever the numbers are, they are
         known to about $10^{-7}$ (or $10^{-16}$) times `size`, and not relative to
-        themselves. So numbers of $10^{-8}$, in 32-bit precision and with the default of
+        themselves. So numbers of $10^{-8}$, in 32-bit precision and with a `size` of
         one, do not move at all. If the leaves of `y0` are of different sizes, then pass
         a `size` for each.
 
@@ -155,7 +155,7 @@ class BitExact(AbstractReversibleSolver, AbstractWrappedSolver):
         def loss(v0):
             sol = diffrax.diffeqsolve(
                 (diffrax.ODETerm(lambda t, v, args: v), diffrax.ODETerm(force)),
-                diffrax.BitExact(diffrax.VelocityVerlet()),
+                diffrax.BitExact(diffrax.VelocityVerlet(), size=1.0),
                 t0=0,
                 t1=200,
                 dt0=0.05,
@@ -218,7 +218,8 @@ class BitExact(AbstractReversibleSolver, AbstractWrappedSolver):
     """
 
     solver: AbstractSolver
-    size: PyTree[RealScalarLike] = 1.0
+    # No default: numbers much smaller than one would not move, and nothing would tell.
+    size: PyTree[RealScalarLike]
     max_steps: int = 4096
 
     def __check_init__(self):
@@ -309,7 +310,7 @@ class BitExact(AbstractReversibleSolver, AbstractWrappedSolver):
                 f"Cannot use `BitExact({type(self.solver).__name__}())` to solve an "
                 "SDE: it converges to the Itô solution, and only methods that converge "
                 "to the Stratonovich solution can be made reversible like this. "
-                "Consider using `BitExact(ReversibleHeun())`, together with the "
+                "Consider using `BitExact(ReversibleHeun(), size)`, together with the "
                 "Stratonovich form of the SDE."
             )
         for x in jtu.tree_leaves(y0):

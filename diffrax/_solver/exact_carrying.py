@@ -135,7 +135,7 @@ class ExactAsynchronousLeapfrog(AbstractExactStep):
             raise ValueError(
                 "Cannot use `BitExact(AsynchronousLeapfrog(...))` with terms whose "
                 "vector field is not like `y0`, such as those of SDEs and CDEs. "
-                "Consider using `BitExact(ReversibleHeun())`."
+                "Consider using `BitExact(ReversibleHeun(), size)`."
             )
         return (vf,)
 
