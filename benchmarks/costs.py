@@ -1,16 +1,19 @@
-"""Measures anew the costs that the documentation shows, and draws the figure of them.
+"""Measures anew the costs that the documentation shows, draws the figure of them, and
+writes the table of the README.
 
     python benchmarks/costs.py             # about ten minutes on 2 CPU cores
-    python benchmarks/costs.py --figures   # draws what has been measured before
+    python benchmarks/costs.py --figures   # of what has been measured before
 
 Runs `gradient.py` on each of its problems, on a machine that should have nothing else
-to do, and writes what that measures to `docs/measured/gradient.jsonl`, from which the
-tables of the documentation are made.
+to do, and writes what that measures to `docs/measured/gradient.jsonl`, from which all
+tables of costs are made: that of the README here, and those of the documentation when
+it is built.
 """
 
 import argparse
 import json
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -24,6 +27,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 
 HERE = pathlib.Path(__file__).parent
+README = HERE.parent / "README.md"
 MEASURED = HERE.parent / "docs" / "measured"
 STYLES = {
     ("Tsit5", "DirectAdjoint"): ("tab:red", ":", "^"),
@@ -70,6 +74,39 @@ def measure() -> None:
     shutil.move(new, gradients)
 
 
+def headline(rows: list[dict[str, Any]]) -> str:
+    """The table of the README: of the neural ODE, what ours costs and the default."""
+    of = {
+        (row["solver"], row["adjoint"], row["steps"]): row
+        for row in rows
+        if (row["problem"], row["dtype"]) == ("mlp", "float32")
+    }
+    head = (
+        "solver | adjoint | scratch memory, 1000 steps | 100,000 steps | error | time"
+    )
+    lines = [head, " | ".join(["---"] * 6)]
+    for solver, code, adjoint in (
+        ("Tsit5", "Tsit5()", "RecursiveCheckpointAdjoint"),
+        ("Tsit5", "Tsit5()", "ReversibleAdjoint"),
+        ("UReversible(Tsit5)", "UReversible(Tsit5())", "ReversibleAdjoint"),
+    ):
+        few, many = (of[solver, adjoint, steps] for steps in (1000, 100_000))
+        memory = [f"{row['temp_bytes'] / 2**20:.2f} MiB" for row in (few, many)]
+        error = f"{few['error']:.1e}".replace("e-0", "e-")
+        time = f"{few['time_ratio']:.2f}".replace("1.00", "1")
+        lines.append(" | ".join([f"`{code}` | `{adjoint}()`", *memory, error, time]))
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def write_headline(rows: list[dict[str, Any]], readme: pathlib.Path) -> None:
+    """In the place of the one that was there."""
+    table = re.compile(r"^\| solver \| adjoint \|.*?(?=\n\n)", re.MULTILINE | re.DOTALL)
+    new, count = table.subn(lambda _: headline(rows), README.read_text())
+    if count != 1:
+        raise ValueError(f"{README.name} has {count} tables of solver and adjoint.")
+    readme.write_text(new)
+
+
 def plot_memory(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
     fig, ax = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for (solver, adjoint), (color, line, marker) in STYLES.items():
@@ -103,7 +140,9 @@ def main() -> None:
     lines = (MEASURED / "gradient.jsonl").read_text().splitlines()
     folder = HERE / "output" if args.smoke else MEASURED
     folder.mkdir(exist_ok=True)
-    plot_memory([json.loads(line) for line in lines], folder / "memory.png")
+    rows = [json.loads(line) for line in lines]
+    plot_memory(rows, folder / "memory.png")
+    write_headline(rows, folder / "README.md" if args.smoke else README)
 
 
 if __name__ == "__main__":
