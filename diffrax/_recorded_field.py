@@ -9,10 +9,10 @@ import jax
 import jax.extend as jex
 import jax.numpy as jnp
 import jax.tree_util as jtu
-import numpy as np
 from jaxtyping import Array, PyTree
 
 from ._custom_types import Args
+from ._residuals import Residuals
 from ._without_tangents import get_aval
 
 
@@ -112,7 +112,7 @@ class RecordedField:
         except Exception:
             self.can_be_recorded = False
         else:
-            self._find_residuals()
+            self._residuals = Residuals(self._linearised, self._num_out)
             self.can_be_recorded = True
 
     def fits(self, call: Call) -> bool:
@@ -128,7 +128,7 @@ class RecordedField:
         """What comes of an evaluation."""
         all_ = jex.core.jaxpr_as_fun(self._linearised)(*self._operands(call))
         out = all_[: self._num_out]
-        residuals = [all_[i] for i in self._recorded]
+        residuals = self._residuals.recorded(all_)
         return self._complete(out), Evaluation(Point.of(call), out, residuals)
 
     def recall(
@@ -148,7 +148,7 @@ class RecordedField:
             return out, [*self._merge(diff, rest), *out, *residuals]
 
         def bwd(known, grad_out):
-            leaves = [known[x] if isinstance(x, int) else x for x in self._sources]
+            leaves = self._residuals.all(known)
             pull_back = jtu.tree_unflatten(self._pull_back_tree, leaves)
             grad_out = [g for g, x in zip(grad_out, self._is_inexact_out) if x]
             return list(pull_back(grad_out)), None, None, None, None
@@ -188,30 +188,6 @@ class RecordedField:
 
         self._linearised = jax.make_jaxpr(record)(*operands)
         jax.make_jaxpr(check)(*operands)
-
-    def _find_residuals(self) -> None:
-        """Where the residuals come from: those that are among the operands or the
-        values of the method are there anyway, and need not be recorded."""
-        jaxpr = self._linearised.jaxpr
-        is_literal = lambda x: isinstance(x, jex.core.Literal)
-        known = [*jaxpr.invars, *jaxpr.outvars[: self._num_out]]
-        places = {x: i for i, x in enumerate(known) if not is_literal(x)}
-        consts = dict(zip(jaxpr.constvars, self._linearised.consts))
-        # The place of each among what is known and then what is recorded, or its value;
-        # and the number of the output that is recorded.
-        self._sources: list[Any] = []
-        self._recorded: list[int] = []
-        for i, x in enumerate(jaxpr.outvars[self._num_out :], self._num_out):
-            if is_literal(x):
-                # Not a JAX array, which would be one of this trace alone.
-                self._sources.append(np.asarray(x.val, x.aval.dtype))
-            elif x in consts:
-                self._sources.append(consts[x])
-            else:
-                if x not in places:
-                    places[x] = len(known) + len(self._recorded)
-                    self._recorded.append(i)
-                self._sources.append(places[x])
 
     def _operands(self, call: Call) -> list[Any]:
         leaves = jtu.tree_leaves(eqx.filter(call.arguments, eqx.is_array))

@@ -1,0 +1,171 @@
+"""Which residuals of a derivative have to be held in memory, and what tells the others.
+
+Of `tanh(x)`, say, JAX would hold both the value and one minus the value. Within one
+piece of a program XLA makes the latter from the former where it is used; but what is
+passed on through a loop or a branch has to be all there.
+"""
+
+from collections.abc import Container, Iterable
+from typing import Any, NamedTuple
+
+import jax.extend as jex
+import numpy as np
+from jaxtyping import Array
+
+
+# Operations that take no longer than reading what they are made of.
+_cheap = {
+    "abs",
+    "add",
+    "and",
+    "broadcast_in_dim",
+    "convert_element_type",
+    "eq",
+    "ge",
+    "gt",
+    "integer_pow",
+    "le",
+    "lt",
+    "max",
+    "min",
+    "mul",
+    "ne",
+    "neg",
+    "not",
+    "or",
+    "reshape",
+    "select_n",
+    "sign",
+    "square",
+    "sub",
+}
+# How many of them, at the most, are cheap together.
+_most = 6
+# Fewer numbers than this are not worth a further operation.
+_least_size = 64
+
+
+class Residuals:
+    """Those of a function of operands that returns `num_out` values, and then the
+    residuals of its derivative.
+
+    Those that are among the operands or the values are there anyway. Of the others,
+    those that are not cheap to make of what comes before them are recorded."""
+
+    def __init__(self, closed: Any, num_out: int):
+        operands = [_Variable(x.aval) for x in closed.jaxpr.invars]
+        equations: list[_Equation] = []
+        self._consts: dict[_Variable, Any] = {}
+        outputs = _flatten(closed, operands, equations, self._consts)
+        self._wanted = outputs[num_out:]
+        made_by = {x: equation for equation in equations for x in equation.outputs}
+        known = [*operands, *outputs[:num_out]]
+        held = {x for x in known if not _is_literal(x)} | self._consts.keys()
+        # By variable: which of the outputs it is.
+        places = {x: i for i, x in enumerate(outputs) if not _is_literal(x)}
+        recorded: dict[_Variable, int] = {}
+        used: set[int] = set()
+        for x in sorted(places.keys() - held, key=lambda x: made_by[x].number):
+            needed = None
+            if x.aval.size >= _least_size:
+                needed = _needed(x, held, made_by)
+            if needed is None:
+                recorded[x] = places[x]
+                held.add(x)
+            else:
+                used |= needed
+        self._recorded = list(recorded.values())
+        self._variables = [*known, *recorded]
+        self._equations = [equations[i] for i in sorted(used)]
+
+    def recorded(self, outputs: list[Array]) -> list[Array]:
+        """Of all that the function returns, what is to be recorded."""
+        return [outputs[i] for i in self._recorded]
+
+    def all(self, known: Iterable[Array]) -> list[Any]:
+        """All residuals, from the operands, the values and what was recorded."""
+        pairs = zip(self._variables, known, strict=True)
+        values = self._consts | {x: y for x, y in pairs if not _is_literal(x)}
+        for equation in self._equations:
+            inputs = [_read(x, values) for x in equation.inputs]
+            (output,) = equation.outputs
+            values[output] = equation.primitive.bind(*inputs, **equation.params)
+        return [_read(x, values) for x in self._wanted]
+
+
+class _Variable:
+    """One of those of a function and of all that it calls by `jax.jit`. (Those of JAX
+    occur again in each call.)"""
+
+    def __init__(self, aval: Any):
+        self.aval = aval
+
+
+# A `_Variable`, or a literal of JAX.
+_Atom = Any
+
+
+class _Equation(NamedTuple):
+    number: int
+    primitive: Any
+    params: dict[str, Any]
+    inputs: list[_Atom]
+    outputs: list[_Variable]
+
+
+def _flatten(
+    closed: Any,
+    operands: list[_Atom],
+    equations: list[_Equation],
+    consts: dict[_Variable, Any],
+) -> list[_Atom]:
+    """Adds the equations of a function of operands, and what it closes over, to what
+    is there. Returns what the function returns."""
+    jaxpr = closed.jaxpr
+    atoms = dict(zip(jaxpr.invars, operands, strict=True))
+    for x, value in zip(jaxpr.constvars, closed.consts, strict=True):
+        atoms[x] = _Variable(x.aval)
+        consts[atoms[x]] = value
+    for eqn in jaxpr.eqns:
+        inputs = [x if _is_literal(x) else atoms[x] for x in eqn.invars]
+        # The second one in older versions of JAX.
+        if eqn.primitive.name in ("jit", "pjit"):
+            outputs = _flatten(eqn.params["jaxpr"], inputs, equations, consts)
+        else:
+            outputs = [_Variable(x.aval) for x in eqn.outvars]
+            equations.append(
+                _Equation(len(equations), eqn.primitive, eqn.params, inputs, outputs)
+            )
+        atoms |= zip(eqn.outvars, outputs, strict=True)
+    return [x if _is_literal(x) else atoms[x] for x in jaxpr.outvars]
+
+
+def _needed(
+    x: _Variable, held: Container[_Atom], made_by: dict[_Variable, _Equation]
+) -> set[int] | None:
+    """Which equations make a variable of those that are held. `None` if these are not
+    all cheap, or too many for that."""
+    needed: set[int] = set()
+    waiting = [x]
+    while waiting:
+        x = waiting.pop()
+        if _is_literal(x) or x in held:
+            continue
+        equation = made_by.get(x)
+        if equation is None or equation.primitive.name not in _cheap:
+            return None
+        if equation.number not in needed:
+            needed.add(equation.number)
+            waiting += equation.inputs
+        if len(needed) > _most:
+            return None
+    return needed
+
+
+def _is_literal(x: Any) -> bool:
+    return isinstance(x, jex.core.Literal)
+
+
+def _read(x: _Atom, values: dict[_Variable, Any]) -> Any:
+    # A literal is not made a JAX array, which would be one of this trace alone.
+    return np.asarray(x.val, x.aval.dtype) if _is_literal(x) else values[x]
