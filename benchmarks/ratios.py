@@ -1,6 +1,7 @@
 """How near a gradient by `ReversibleAdjoint` comes to the least that it can cost.
 
     python benchmarks/ratios.py [--case NAME ...] [--repeats N] [--output FILE]
+    python benchmarks/ratios.py --small-loops [--repeats N] [--output FILE]
     python benchmarks/ratios.py --table [--output FILE]
 
 For each case, relative to `RecursiveCheckpointAdjoint()` on the same solver: the time
@@ -16,11 +17,15 @@ others, 1.15 relative to the loop (1.25 for `UReversible`), 1.05 for the solve a
 Times are medians over repetitions that take turns in one process, on a machine that
 should have nothing else to do: about twenty minutes on 2 CPU cores. Appends one line of
 JSON for each case to the output file; `--table` prints what is there.
+
+`--small-loops` measures the cases of a few numbers, with the option by which XLA
+compiles loops over so little as a whole. (It is for all of a process.)
 """
 
 import argparse
 import dataclasses
 import json
+import os
 import pathlib
 import time
 from collections.abc import Callable
@@ -54,6 +59,12 @@ CASES = {
     "neural ODE, ReversibleHeun": Case("mlp", 1000, "ReversibleHeun"),
     "neural ODE, Dopri8": Case("mlp", 1000, "Dopri8"),
 }
+SMALL = ("Lorenz", "pendulum")
+# How many bytes the body of a loop may go through, for XLA to compile the whole loop as
+# one function. By default it is 1024.
+SMALL_LOOPS = (
+    "--xla_backend_extra_options=xla_cpu_small_while_loop_byte_threshold=1000000"
+)
 LIMITS: dict[str, Callable[..., limit.Gradient]] = {
     "Tsit5": lambda *args: limit.numerical(diffrax.Tsit5(), *args),
     "Dopri8": lambda *args: limit.numerical(diffrax.Dopri8(), *args),
@@ -162,21 +173,29 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--case", choices=CASES, nargs="+", default=list(CASES))
+    parser.add_argument("--case", choices=CASES, nargs="+")
+    parser.add_argument("--small-loops", action="store_true")
     parser.add_argument("--repeats", type=int, default=10)
-    output = pathlib.Path(__file__).parent / "output" / "ratios.jsonl"
-    parser.add_argument("--output", type=pathlib.Path, default=output)
+    parser.add_argument("--output", type=pathlib.Path)
     parser.add_argument("--table", action="store_true", help="measure nothing")
     parser.add_argument("--smoke", action="store_true", help="as little as will run")
     args = parser.parse_args()
+    name = "small_loops" if args.small_loops else "ratios"
     if args.smoke:
-        args.case, args.repeats = ["pendulum"], 1
-        args.output = output.with_name("ratios-smoke.jsonl")
+        args.case, args.repeats, name = ["pendulum"], 1, f"{name}-smoke"
+    if args.case is None:
+        args.case = SMALL if args.small_loops else list(CASES)
+    if args.output is None:
+        args.output = pathlib.Path(__file__).parent / "output" / f"{name}.jsonl"
     return args
 
 
 def main() -> None:
     args = parse_args()
+    if args.small_loops:
+        # XLA looks at it once, before it compiles anything.
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{flags} {SMALL_LOOPS}"
     if not args.table:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         for name in args.case:

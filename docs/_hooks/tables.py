@@ -285,6 +285,26 @@ def _ratios() -> str:
     return f"{table}\n\nTimes are medians of {min(repeats)} runs{more}."
 
 
+def _small_loops() -> str:
+    """Relative to `RecursiveCheckpointAdjoint` without the option."""
+    kinds = {
+        "recursive": "`RecursiveCheckpointAdjoint()`",
+        "ours": "`ReversibleAdjoint()`",
+        "limit": "a loop written by hand",
+    }
+    before = {row["case"]: row for row in _read("ratios")}
+    rows = _read("small_loops")
+    cells = []
+    for row in rows:
+        without = before[row["case"]]
+        unit = without["recursive"]["seconds"]
+        for kind, name in kinds.items():
+            times = [f"{x[kind]['seconds'] / unit:.2g}" for x in (without, row)]
+            cells.append([row["case"], name, *times])
+    head = ["Problem", "Gradient by", "By default", "With the option"]
+    return _table(head, cells)
+
+
 def _least() -> str:
     cells = []
     for row in _read("least"):
@@ -431,6 +451,7 @@ tables = {
     "replays": _replays,
     "machine": _machine,
     "ratios": _ratios,
+    "small loops": _small_loops,
     "least": _least,
     "corrections": _corrections,
     "sde orders": _sde_orders,
