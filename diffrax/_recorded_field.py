@@ -148,7 +148,7 @@ class RecordedField:
             return out, [*self._merge(diff, rest), *out, *residuals]
 
         def bwd(known, grad_out):
-            leaves = self._residuals.all(known)
+            leaves = self._residuals.restore(known)
             pull_back = jtu.tree_unflatten(self._pull_back_tree, leaves)
             grad_out = [g for g, x in zip(grad_out, self._is_inexact_out) if x]
             return list(pull_back(grad_out)), None, None, None, None

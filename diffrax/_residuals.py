@@ -1,4 +1,5 @@
-"""Which residuals of a derivative have to be held in memory, and what tells the others.
+"""Which residuals of a derivative have to be held in memory, and how the others are
+made of these.
 
 Of `tanh(x)`, say, JAX would hold both the value and one minus the value. Within one
 piece of a program XLA makes the latter from the former where it is used; but what is
@@ -9,45 +10,37 @@ from collections.abc import Container, Iterable
 from typing import Any, NamedTuple
 
 import jax.extend as jex
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
 
-# Operations that take no longer than reading what they are made of.
+# Operations that take no longer than reading what they are made of. All of them are
+# continuous: the operands are those of a step that is made, and what was recorded is of
+# one that was undone, which may differ by rounding. So what is the largest number of
+# one of them need not be found in the other.
 _cheap = {
     "abs",
     "add",
-    "and",
     "broadcast_in_dim",
     "convert_element_type",
-    "eq",
-    "ge",
-    "gt",
     "integer_pow",
-    "le",
-    "lt",
     "max",
     "min",
     "mul",
-    "ne",
     "neg",
-    "not",
-    "or",
     "reshape",
     "select_n",
-    "sign",
     "square",
     "sub",
 }
 # How many of them, at the most, are cheap together.
-_most = 6
-# Fewer numbers than this are not worth a further operation.
-_least_size = 64
+_max_operations = 6
 
 
 class Residuals:
     """Those of a function of operands that returns `num_out` values, and then the
-    residuals of its derivative.
+    residuals of its derivative: `closed`, which is a `ClosedJaxpr`.
 
     Those that are among the operands or the values are there anyway. Of the others,
     those that are not cheap to make of what comes before them are recorded."""
@@ -66,9 +59,8 @@ class Residuals:
         recorded: dict[_Variable, int] = {}
         used: set[int] = set()
         for x in sorted(places.keys() - held, key=lambda x: made_by[x].number):
-            needed = None
-            if x.aval.size >= _least_size:
-                needed = _needed(x, held, made_by)
+            # A single number is not worth a further operation.
+            needed = _needed(x, held, made_by) if x.aval.size > 1 else None
             if needed is None:
                 recorded[x] = places[x]
                 held.add(x)
@@ -82,8 +74,9 @@ class Residuals:
         """Of all that the function returns, what is to be recorded."""
         return [outputs[i] for i in self._recorded]
 
-    def all(self, known: Iterable[Array]) -> list[Any]:
-        """All residuals, from the operands, the values and what was recorded."""
+    def restore(self, known: Iterable[Array]) -> list[Any]:
+        """All residuals, from the operands, the values and what was recorded. The
+        operands may be off by rounding."""
         pairs = zip(self._variables, known, strict=True)
         values = self._consts | {x: y for x, y in pairs if not _is_literal(x)}
         for equation in self._equations:
@@ -152,14 +145,22 @@ def _needed(
         if _is_literal(x) or x in held:
             continue
         equation = made_by.get(x)
-        if equation is None or equation.primitive.name not in _cheap:
+        if equation is None or not _is_cheap(equation):
             return None
         if equation.number not in needed:
             needed.add(equation.number)
             waiting += equation.inputs
-        if len(needed) > _most:
+        if len(needed) > _max_operations:
             return None
     return needed
+
+
+def _is_cheap(equation: _Equation) -> bool:
+    # Rounding to an integer is not continuous.
+    is_inexact = all(
+        jnp.issubdtype(x.aval.dtype, jnp.inexact) for x in equation.outputs
+    )
+    return is_inexact and equation.primitive.name in _cheap
 
 
 def _is_literal(x: Any) -> bool:
