@@ -96,7 +96,8 @@ def test_residuals(name, getkey):
             else pytest.mark.slow,
         )
         for name in functions
-        if name not in ("constant", "rounded")
+        # Of the products, too large numbers come.
+        if name not in ("constant", "rounded", "many products")
         for adjoint in (diffrax.ReversibleAdjoint(0), diffrax.ReversibleAdjoint())
     ],
 )
