@@ -49,7 +49,8 @@ class SameBits(eqx.Module):
 
         def call(_dynamic):
             # Of what is a constant elsewhere, XLA would make it one in here.
-            _dynamic = lax.optimization_barrier(_dynamic)
+            # (One by one: together, all would seem to be perturbed if one is.)
+            _dynamic = jtu.tree_map(lax.optimization_barrier, _dynamic)
             _closed, _args = eqx.combine(_dynamic, static)
             return eqx.filter(_closed(*_args), eqx.is_array)
 
