@@ -18,8 +18,9 @@ Times are medians over repetitions that take turns in one process, on a machine 
 should have nothing else to do: about twenty minutes on 2 CPU cores. Appends one line of
 JSON for each case to the output file; `--table` prints what is there.
 
-`--small-loops` measures the cases of a few numbers, with the option by which XLA
-compiles loops over so little as a whole. (It is for all of a process.)
+`--small-loops` measures the cases with states of a few numbers, with the option by
+which XLA compiles loops over so little as a whole. It holds for all of a process, so
+that these are in a run of their own.
 """
 
 import argparse

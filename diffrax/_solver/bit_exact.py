@@ -231,8 +231,8 @@ class BitExact(AbstractReversibleSolver, AbstractWrappedSolver):
                 )
         if not isinstance(self.max_steps, int) or self.max_steps < 1:
             raise ValueError(
-                "`max_steps` in `BitExact(solver, max_steps=...)` must be a positive "
-                f"integer, but got {self.max_steps}."
+                "`max_steps` in `BitExact(solver, size, max_steps=...)` must be a "
+                f"positive integer, but got {self.max_steps}."
             )
         _ = self._steps
 
@@ -307,8 +307,8 @@ class BitExact(AbstractReversibleSolver, AbstractWrappedSolver):
         del t1
         if is_sde(terms) and isinstance(self.solver, AbstractItoSolver):
             raise ValueError(
-                f"Cannot use `BitExact({type(self.solver).__name__}())` to solve an "
-                "SDE: it converges to the Itô solution, and only methods that converge "
+                f"Cannot use `BitExact({type(self.solver).__name__}(), size)` to solve "
+                "an SDE: it converges to the Itô solution, and only methods that converge "
                 "to the Stratonovich solution can be made reversible like this. "
                 "Consider using `BitExact(ReversibleHeun(), size)`, together with the "
                 "Stratonovich form of the SDE."

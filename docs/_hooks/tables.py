@@ -302,7 +302,12 @@ def _small_loops() -> str:
             times = [f"{x[kind]['seconds'] / unit:.2g}" for x in (without, row)]
             cells.append([row["case"], name, *times])
     head = ["Problem", "Gradient by", "By default", "With the option"]
-    return _table(head, cells)
+    repeats = min(row["repeats"] for row in rows)
+    return (
+        f"{_table(head, cells)}\n\nTimes are medians of {repeats} runs. The option is "
+        "for all of a process, so that the two columns are from two of them, one after "
+        "the other."
+    )
 
 
 def _least() -> str:
