@@ -543,7 +543,7 @@ def test_citation(capsys):
     for wrapper in (
         diffrax.UReversible,
         diffrax.FixedPointReversible,
-        diffrax.BitExact,
+        lambda solver: diffrax.BitExact(solver, size=1.0),
     ):
         diffrax.citation(solver=wrapper(diffrax.Tsit5()))
         assert "tsitouras2011runge" in capsys.readouterr().out

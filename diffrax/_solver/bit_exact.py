@@ -308,8 +308,9 @@ class BitExact(AbstractReversibleSolver, AbstractWrappedSolver):
         if is_sde(terms) and isinstance(self.solver, AbstractItoSolver):
             raise ValueError(
                 f"Cannot use `BitExact({type(self.solver).__name__}(), size)` to solve "
-                "an SDE: it converges to the Itô solution, and only methods that converge "
-                "to the Stratonovich solution can be made reversible like this. "
+                "an SDE: it converges to the Itô solution, and only methods that "
+                "converge to the Stratonovich solution can be made reversible like "
+                "this. "
                 "Consider using `BitExact(ReversibleHeun(), size)`, together with the "
                 "Stratonovich form of the SDE."
             )
