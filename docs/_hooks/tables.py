@@ -285,6 +285,20 @@ def _ratios() -> str:
     return f"{table}\n\nTimes are medians of {min(repeats)} runs{more}."
 
 
+def _equal_memory() -> str:
+    cells = []
+    rows = _read("equal_memory")
+    for row in rows:
+        line = [row["case"]]
+        for kind in ("ours", "recursive"):
+            of = row[kind]
+            line.append(f"{of['temp_bytes'] / 2**20:.3g} ({of['checkpoints']})")
+        cells.append([*line, f"{row['time_ratio']:.2f}"])
+    head = ["Problem", "`ReversibleAdjoint`", "`RecursiveCheckpointAdjoint`", "Time"]
+    repeats = min(row["repeats"] for row in rows)
+    return f"{_table(head, cells)}\n\nTimes are medians of {repeats} runs."
+
+
 def _small_loops() -> str:
     """Relative to `RecursiveCheckpointAdjoint` without the option."""
     kinds = {
@@ -456,6 +470,7 @@ tables = {
     "replays": _replays,
     "machine": _machine,
     "ratios": _ratios,
+    "equal memory": _equal_memory,
     "small loops": _small_loops,
     "least": _least,
     "corrections": _corrections,
