@@ -75,11 +75,14 @@ def _with_code(paths):
     return [path for path in paths if "```python" in path.read_text()]
 
 
-# The longest of them takes nearly a minute.
+# These take from a quarter of a minute to a whole one: `.ci/run` has a step for them.
+_long = {"coming-from-torch", "faq", "getting-started", "how-it-works"}
+
+
 @pytest.mark.parametrize(
     "path",
     [
-        pytest.param(path, marks=pytest.mark.slow if path.stem == "faq" else ())
+        pytest.param(path, marks=pytest.mark.slow if path.stem in _long else ())
         for path in _with_code(pages)
     ],
     ids=_name,
