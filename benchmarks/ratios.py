@@ -16,7 +16,8 @@ others, 1.15 relative to the loop (1.25 for `UReversible`), 1.05 for the solve a
 
 Times are medians over repetitions that take turns in one process, on a machine that
 should have nothing else to do: about twenty minutes on 2 CPU cores. Appends one line of
-JSON for each case to the output file; `--table` prints what is there.
+JSON for each case to the output file. `--table` prints what is in that, if it is given,
+or else what the documentation shows.
 
 `--small-loops` measures the cases with states of a few numbers, with the option by
 which XLA compiles loops over so little as a whole. It holds for all of a process, so
@@ -187,7 +188,9 @@ def parse_args() -> argparse.Namespace:
     if args.case is None:
         args.case = SMALL if args.small_loops else list(CASES)
     if args.output is None:
-        args.output = pathlib.Path(__file__).parent / "output" / f"{name}.jsonl"
+        here = pathlib.Path(__file__).parent
+        folder = here.parent / "docs" / "measured" if args.table else here / "output"
+        args.output = folder / f"{name}.jsonl"
     return args
 
 

@@ -25,8 +25,8 @@ For each solver:
 
 All in 64-bit precision. Times are medians over repetitions that take turns in one
 process, on a machine that should have nothing else to do: about 25 minutes on 2 CPU
-cores. Appends one line of JSON for each solver to the output file; `--table` prints
-what is there.
+cores. Appends one line of JSON for each solver to the output file. `--table` prints what
+is in that, if it is given, or else what the documentation shows.
 """
 
 import argparse
@@ -340,14 +340,17 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--solver", choices=SOLVERS, nargs="+", default=list(SOLVERS))
     parser.add_argument("--repeats", type=int, default=5)
-    output = pathlib.Path(__file__).parent / "output" / "solvers.jsonl"
-    parser.add_argument("--output", type=pathlib.Path, default=output)
+    parser.add_argument("--output", type=pathlib.Path)
     parser.add_argument("--table", action="store_true", help="measure nothing")
     parser.add_argument("--smoke", action="store_true", help="as little as will run")
     args = parser.parse_args()
+    name = "solvers"
     if args.smoke:
-        args.solver, args.repeats = ["SemiImplicitEuler"], 1
-        args.output = output.with_name("solvers-smoke.jsonl")
+        args.solver, args.repeats, name = ["SemiImplicitEuler"], 1, "solvers-smoke"
+    if args.output is None:
+        here = pathlib.Path(__file__).parent
+        folder = here.parent / "docs" / "measured" if args.table else here / "output"
+        args.output = folder / f"{name}.jsonl"
     return args
 
 
