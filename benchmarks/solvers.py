@@ -25,8 +25,8 @@ For each solver:
 
 All in 64-bit precision. Times are medians over repetitions that take turns in one
 process, on a machine that should have nothing else to do: about 25 minutes on 2 CPU
-cores. Appends one line of JSON for each solver to the output file. `--table` prints what
-is in that, if it is given, or else what the documentation shows.
+cores. Appends one line of JSON for each solver to the output file. `--table` prints
+what is in that, if it is given, or else what the documentation shows.
 """
 
 import argparse
