@@ -17,8 +17,8 @@ from jaxtyping import Array
 
 # Operations that take no longer than reading what they are made of. All of them are
 # continuous: the operands are those of a step that is made, and what was recorded is of
-# one that was undone, which may differ by rounding. So what is the largest number of
-# one of them need not be found in the other.
+# one that was undone, which may differ by rounding. (The largest number of the one need
+# not be found in the other.)
 _cheap = {
     "abs",
     "add",
@@ -58,7 +58,9 @@ class Residuals:
         places = {x: i for i, x in enumerate(outputs) if not _is_literal(x)}
         recorded: dict[_Variable, int] = {}
         used: set[int] = set()
-        for x in sorted(places.keys() - held, key=lambda x: made_by[x].number):
+        others = [x for x in places if x not in held]
+        # In an order that is the same each time, for programs to be the same.
+        for x in sorted(others, key=lambda x: made_by[x].number):
             # A single number is not worth a further operation.
             needed = _needed(x, held, made_by) if x.aval.size > 1 else None
             if needed is None:
