@@ -6,6 +6,7 @@ from typing import Any
 
 import diffrax
 import equinox as eqx
+import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from diffrax._damped_gap import Damping, max_power, period
 from diffrax._lattice import Part
+from diffrax._same_bits import SameBits
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -225,6 +227,15 @@ def test_first_evaluation(solver):
         return exact.backward_step(terms, t0, t1, y, args, state, False)[0]
 
     assert _bits(there_and_back()) == _bits(y0)
+
+
+def test_nothing_else_is_perturbed():
+    # Such as what a solve in the vector field decides by, which has no derivative.
+    def fn(x):
+        product = lambda x, n: x * eqxi.nondifferentiable(n)
+        return SameBits(x)(product, x, jnp.array(2.0))
+
+    assert jax.grad(fn)(jnp.array(3.0)) == 2
 
 
 def test_not_without_it():
