@@ -332,7 +332,7 @@ def _adaptive(solve):
     return sol.ys, 0.0 * num_rejected
 
 
-@_case("adaptive, dt0=None, backwards in time", is_adaptive=True)
+@_case("adaptive, dt0=None, backwards in time", is_adaptive=True, is_quick=False)
 def _adaptive_backwards(solve):
     kwargs: Any = dict(dt0=None, stepsize_controller=solve.adaptive, max_steps=16384)
     return solve(t0=t1, t1=t0, saveat=diffrax.SaveAt(ts=ts[::-1]), **kwargs).ys
@@ -361,10 +361,10 @@ def _jump(solve, ts, jump_ts, **kwargs):
     ).ys
 
 
-_case("one jump", is_adaptive=True)(lambda s: _jump(s, ts, jumps[1:2]))
+_case("one jump", is_adaptive=True, is_quick=False)(lambda s: _jump(s, ts, jumps[1:2]))
 # `ts` holds the first and the last of the jumps.
 _case("several jumps", is_adaptive=True)(lambda s: _jump(s, ts, jumps))
-_case("several jumps, backwards in time", is_adaptive=True)(
+_case("several jumps, backwards in time", is_adaptive=True, is_quick=False)(
     lambda s: _jump(s, ts[::-1], jumps, t0=t1, t1=t0, dt0=-dt0)
 )
 
@@ -374,12 +374,12 @@ def _made_jump(solve):
     return solve(stepsize_controller=solve.adaptive, made_jump=True, max_steps=16384).ys
 
 
-@_case("passed made_jump, constant steps")
+@_case("passed made_jump, constant steps", is_quick=False)
 def _made_jump_constant(solve):
     return solve(made_jump=True, saveat=everything).ys
 
 
-@_case("passed made_jump, StepTo")
+@_case("passed made_jump, StepTo", is_quick=False)
 def _made_jump_step_to(solve):
     controller = diffrax.StepTo(ts=step_to)
     return solve(dt0=None, stepsize_controller=controller, made_jump=True).ys
@@ -443,6 +443,7 @@ def _float32_time(solve):
     "float32 state, float64 time",
     dtype=jnp.float32,
     tolerance=1e-5,
+    is_quick=False,
 )
 def _float64_time(solve):
     def promoted(vector_field):
@@ -476,7 +477,7 @@ def _integer_state(solve):
     return solve(y0=jnp.array([1, 2, 3]), saveat=diffrax.SaveAt(ts=ts)).ys
 
 
-@_case("Python numbers as y0", single_term=True)
+@_case("Python numbers as y0", single_term=True, is_quick=False)
 def _python_state(solve):
     def vector_field(t, y, args):
         x, z = y
@@ -518,7 +519,7 @@ def _terms(solve):
     return solve(terms=diffrax.ODETerm(field), args=None, saveat=everything).ys
 
 
-@_case("closed-over values")
+@_case("closed-over values", is_quick=False)
 def _closure(solve):
     args = _args(solve.params)
     field = lambda t, y, _: _drift(t, y, args)
@@ -615,7 +616,7 @@ def _vmap_args(solve):
     return jax.vmap(solve_one)(jnp.array([0.5, 1.0, 2.0]))
 
 
-@_case("vmap over ts", reference=diffrax.DirectAdjoint())
+@_case("vmap over ts", reference=diffrax.DirectAdjoint(), is_quick=False)
 def _vmap_ts(solve):
     saveat = lambda ts: diffrax.SaveAt(t0=True, ts=ts, t1=True)
     batch_ts = jnp.stack([ts, 0.9 * ts + 0.1 * t0, jnp.full_like(ts, 1.0)])
@@ -660,7 +661,7 @@ def _vmap_in_axes(solve):
     return jax.vmap(combined, in_axes)(_batch(solve), arrays)
 
 
-@_case("solves in a scan")
+@_case("solves in a scan", is_quick=False)
 def _scan(solve):
     def body(y, scale):
         ys = solve(y0=y, t1=t0 + scale).ys
@@ -670,7 +671,7 @@ def _scan(solve):
     return jax.lax.scan(body, y0, jnp.array([0.5, 1.1]))
 
 
-@_case("a solve in a branch of cond")
+@_case("a solve in a branch of cond", is_quick=False)
 def _cond(solve):
     y0 = solve.y0(solve.params["y0"])
     solve_one = lambda y: solve(y0=y, saveat=everything).ys
@@ -679,7 +680,7 @@ def _cond(solve):
     return jax.lax.cond(pred, solve_one, skip_one, y0)
 
 
-@_case("a solve in jax.checkpoint")
+@_case("a solve in jax.checkpoint", is_quick=False)
 def _checkpoint(solve):
     solve_one = lambda y: solve(y0=solve.y0(y), saveat=everything).ys
     return jax.checkpoint(solve_one)(solve.params["y0"])

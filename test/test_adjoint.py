@@ -70,7 +70,7 @@ def _temp_size(solver, controller, num_steps):
             8,
             marks=pytest.mark.slow,
         ),
-        (diffrax.ReversibleHeun(), _adaptive, 8),
+        pytest.param(diffrax.ReversibleHeun(), _adaptive, 8, marks=pytest.mark.slow),
         # The start of the step before the last one.
         pytest.param(
             diffrax.LeapfrogMidpoint(),

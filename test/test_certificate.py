@@ -39,9 +39,10 @@ def _measure(problem, *steps, **kwargs):
         return list(_benchmark.measure(_benchmark.Case(problem, steps, **kwargs)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "problem, num_steps",
-    (("hump", 300), pytest.param("wiggle", 300, marks=pytest.mark.slow)),
+    (("hump", 300), ("wiggle", 300)),
 )
 def test_misleading_problems(problem, num_steps):
     # The drift is within what is tolerated, and the gradient is not.
@@ -174,7 +175,10 @@ def _has_a_large_entry(t, y, args):
 )
 @pytest.mark.parametrize(
     "field, y0, args",
-    ((_grows, [1.0], 3.0), (_has_a_large_entry, [1e8, 1.0], 5.0)),
+    (
+        pytest.param(_grows, [1.0], 3.0, marks=pytest.mark.slow),
+        (_has_a_large_entry, [1e8, 1.0], 5.0),
+    ),
     ids=("later", "in the same leaf"),
 )
 def test_large_values_hide_nothing(field, y0, args, num_steps, checkpoints):
@@ -228,7 +232,14 @@ def _loss(adjoint, y0, args, **kwargs):
 _y0 = jnp.array([1.0, 2.0])
 
 
-@pytest.mark.parametrize("checkpoints, t1", ((0, 2.0), (3, 2.0), (3, 0.0)))
+@pytest.mark.parametrize(
+    "checkpoints, t1",
+    (
+        pytest.param(0, 2.0, marks=pytest.mark.slow),
+        (3, 2.0),
+        pytest.param(3, 0.0, marks=pytest.mark.slow),
+    ),
+)
 def test_report(checkpoints, t1):
     adjoint = diffrax.ReversibleAdjoint(checkpoints)
     dt0 = 0.02 * np.sign(t1 - 1.0)
@@ -312,11 +323,12 @@ def test_rounding(dtype):
     assert 0 < jnp.abs(more[0]) <= 0.5 * eps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "solver, rtol",
     # It grows by a factor of 20, and in closed form to first order in each of 25 times.
     (
-        pytest.param(diffrax.Heun(), 0.1, marks=pytest.mark.slow),
+        (diffrax.Heun(), 0.1),
         (diffrax.UReversible(diffrax.Heun()), 0.25),
     ),
 )

@@ -76,7 +76,15 @@ def _with_code(paths):
 
 
 # These take from a quarter of a minute to a whole one: `.ci/run` has a step for them.
-_long = {"coming-from-torch", "faq", "getting-started", "how-it-works"}
+_long = {
+    "bit-exact",
+    "coming-from-torch",
+    "extending",
+    "faq",
+    "getting-started",
+    "how-it-works",
+    "index",
+}
 
 
 @pytest.mark.parametrize(

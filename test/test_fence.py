@@ -62,7 +62,7 @@ def test_cost_of_a_stencil(solver, batch):
     assert _flops(ours, y0, args) < 200 * _flops(field, y0, args)
 
 
-@pytest.mark.parametrize("size", (40, 100))
+@pytest.mark.parametrize("size", (40, pytest.param(100, marks=pytest.mark.slow)))
 def test_terms_of_parts_of_the_state(size):
     # Each of them is evaluated at a part of it: 40 numbers are not enough for a fence,
     # though the whole state is.

@@ -1,7 +1,7 @@
 """Whatever `diffeqsolve` can be asked for: the gradient is that of the default adjoint.
 
 Each test is of many things at once, as compiling takes nearly all of the time. One by
-one they are in `benchmarks/features.py`, which CI runs.
+one they are in `test_features.py`.
 """
 
 from typing import Any

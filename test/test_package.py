@@ -1,7 +1,8 @@
 """What is built from this repository, and what an editable install does to a checkout.
 
 All of it happens in scratch copies and environments, so that the install with which the
-tests run can hide nothing.
+tests run can hide nothing. It takes half a minute and upstream's release from PyPI, so
+`.ci/run` asks for it by itself.
 """
 
 import ast
@@ -26,9 +27,12 @@ _root = Path(__file__).resolve().parents[1]
 _replaced = {"SemiImplicitEuler", "LeapfrogMidpoint", "ReversibleHeun"}
 _added = {"AbstractReversibleSolver", "ReversibleAdjoint", "UReversible"}
 
-pytestmark = pytest.mark.skipif(
-    not (_root / ".git").exists(), reason="git knows which files are ours"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (_root / ".git").exists(), reason="git knows which files are ours"
+    ),
+]
 
 
 def _run(*command: object, cwd: Path, check: bool = True, path: Path | None = None):

@@ -519,9 +519,9 @@ def _levenberg_marquardt(params, adjoint, **options):
     "fn",
     (
         _grad(_in_scan),
-        _in_while_loop,
+        pytest.param(_in_while_loop, marks=pytest.mark.slow),
         _grad(_in_checkpoint),
-        _grad(_in_custom_vjp),
+        pytest.param(_grad(_in_custom_vjp), marks=pytest.mark.slow),
         _grad(_around_custom_vjp),
         # A minimum is determined only up to the square root of rounding errors, but not
         # so the way there.

@@ -176,7 +176,11 @@ def test_hard_solvers(solver, controller):
 
 
 @pytest.mark.parametrize(
-    "solver, tol", ((diffrax.Tsit5(), 1e-8), (diffrax.ReversibleHeun(), 1e-3))
+    "solver, tol",
+    (
+        (diffrax.Tsit5(), 1e-8),
+        pytest.param(diffrax.ReversibleHeun(), 1e-3, marks=pytest.mark.slow),
+    ),
 )
 def test_undone_before_a_jump(solver, tol):
     # Without anything stored: the vector field after a jump tells nothing of that
@@ -439,7 +443,7 @@ def _num_carried(num_steps: int) -> int:
         (diffrax.Tsit5(), 6, 0, "full"),
         (diffrax.Tsit5(), 6, 16, "cheap"),
         (diffrax.Heun(), 2, 16, "cheap"),
-        (diffrax.Dopri8(), 13, 0, "full"),
+        pytest.param(diffrax.Dopri8(), 13, 0, "full", marks=pytest.mark.slow),
     ),
 )
 def test_least_cost(solver, num_stages, checkpoints, certificate):
@@ -470,7 +474,7 @@ def test_least_cost(solver, num_stages, checkpoints, certificate):
             diffrax.UReversible(diffrax.Tsit5()), 12, "cheap", marks=pytest.mark.slow
         ),
         (diffrax.SemiImplicitEuler(), 2, "cheap"),
-        (diffrax.PositionVerlet(), 3, "cheap"),
+        pytest.param(diffrax.PositionVerlet(), 3, "cheap", marks=pytest.mark.slow),
         pytest.param(diffrax.ForestRuth(), 7, "cheap", marks=pytest.mark.slow),
         pytest.param(diffrax.LeapfrogMidpoint(), 1, "cheap", marks=pytest.mark.slow),
         pytest.param(
@@ -535,7 +539,9 @@ def test_cost_of_corrections(solver, num_stages, t1):
     assert linearised == transposed == num_stages * (n + more)
 
 
-@pytest.mark.parametrize("checkpoints", (16, 64, 100))
+@pytest.mark.parametrize(
+    "checkpoints", (16, 64, pytest.param(100, marks=pytest.mark.slow))
+)
 def test_cost_of_making_again(checkpoints):
     # If there is room for all states of each segment then nothing is undone, and each
     # step that starts from no stored state is made again once.
@@ -699,7 +705,10 @@ def _gradient_of_shared(solver, adjoint):
     return eqx.filter_jit(jax.grad(loss))(jnp.array([0.7, 0.5]))
 
 
-@pytest.mark.parametrize("solver", (_SharesWrong(), _CarriesWrong()))
+@pytest.mark.parametrize(
+    "solver",
+    (_SharesWrong(), pytest.param(_CarriesWrong(), marks=pytest.mark.slow)),
+)
 def test_shared_by_mistake(solver):
     expected = _gradient_of_shared(solver, diffrax.RecursiveCheckpointAdjoint())
     adjoint = diffrax.ReversibleAdjoint(checkpoints=1, certificate="cheap")

@@ -123,7 +123,13 @@ class _Watched(diffrax.AbstractPath):
         return self.path.evaluate(t0, t1, left)
 
 
-@pytest.mark.parametrize("solver", (diffrax.ReversibleHeun(), diffrax.Heun()))
+@pytest.mark.parametrize(
+    "solver",
+    (
+        pytest.param(diffrax.ReversibleHeun(), marks=pytest.mark.slow),
+        diffrax.Heun(),
+    ),
+)
 def test_backward_asks_for_the_increments_of_forward(solver):
     """To the last bit of the times: one bit is a change by 1e-8. The number of steps is
     not a power of two, so that the times are rounded."""

@@ -312,7 +312,11 @@ def _expected_of_rod():
     return jax.jit(_grad_of_state(_roll, _default, **_heun))(*_rod)
 
 
-@pytest.mark.parametrize("field", (_roll, _exchange), ids=("by XLA", "by ppermute"))
+@pytest.mark.parametrize(
+    "field",
+    (pytest.param(_roll, marks=pytest.mark.slow), _exchange),
+    ids=("by XLA", "by ppermute"),
+)
 def check_state_that_is_divided(field):
     divided = _put(P("x"), _rod)
     grad = _grad_of_state(field, _reversible, throw=False, **_heun)
