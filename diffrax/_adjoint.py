@@ -123,8 +123,11 @@ class ReversibleAdjoint(AbstractAdjoint):
     segment. (Entries of less than 1e-4 of the largest one of their leaf are taken to be
     of that size, in 64-bit precision; if they matter, the cotangents show it.) What is
     tolerated is the machine epsilon to the power of 2/3: two thirds of the digits are
-    right. [`diffrax.reversal_report`][] returns all
-    of these numbers.
+    right. (Of leaves of `y` of different precision, it is that of the least precise one
+    that counts, for all of them.) What it does not see is that
+    `SaveAt(ts=..., fn=...)` is much more sensitive to `y` at some time within a segment
+    than the state at its ends: such an `fn` magnifies the error of `y` without notice.
+    [`diffrax.reversal_report`][] returns all of these numbers.
 
     Gradients are computed with respect to `y0`, `args`, `terms`, `solver_state` (if
     passed), the times `t0`, `t1`, `dt0`, `SaveAt(ts=...)` and `StepTo(ts=...)`, and

@@ -27,7 +27,12 @@ def refuse_drift(grads: PyTree, worst: Worst, step: ReverseStep, y1: Y) -> PyTre
         at = step.record.read(worst.lost, step.num_steps).t0
         fraction = (at - closed.t0) / (closed.t1 - closed.t0)
         index = _Messages.choose(worst.missed * step.tolerance(), fraction)
-        messages = _Messages(closed.name, closed.checkpoints, _is_float64(y1))
+        messages = _Messages(
+            closed.name,
+            closed.checkpoints,
+            _is_float64(y1),
+            closed.reversal.is_exact,
+        )
         zero = jnp.zeros((), jnp.result_type(float))
         zero = eqx.internal.branched_error_if(zero, has_drifted, index, messages)
         # Each of them depends on the check, without being passed through it, which
@@ -54,6 +59,7 @@ class _Messages(Sequence):
     name: str
     checkpoints: int
     is_float64: bool
+    is_exact: bool
 
     @staticmethod
     def choose(missed: RealScalarLike, fraction: RealScalarLike) -> Int[Array, ""]:
@@ -70,6 +76,8 @@ class _Messages(Sequence):
 
     def __getitem__(self, index):
         size, percent = divmod(index, 101)
+        if self.is_exact:
+            return self._of_bits(percent)
         missed = "with NaN or infinity on the way"
         if size < 400:
             missed = f"by a relative error of {10 ** (size / 10 - 20):.0e}"
@@ -86,4 +94,18 @@ class _Messages(Sequence):
             'using `adjoint=RecursiveCheckpointAdjoint()` instead. (`on_failure="nan"` '
             "makes only the gradients of those members of a batch NaN that are "
             "concerned.)"
+        )
+
+    def _of_bits(self, percent: int) -> str:
+        return (
+            f"Cannot compute the gradient using `adjoint={self.name}(checkpoints="
+            f"{self.checkpoints})`: going back over the steps of `BitExact` did not "
+            "lead to the very bits from which it had started, "
+            f"{percent}% of the way from `t0` to `t1`. Either the vector field "
+            "has returned NaN, or other bits at the same point in the program that "
+            "undoes a step than in the one that made it, as it does with "
+            "`jax_disable_most_optimizations`; or the state "
+            "has become much larger than the `size` of `BitExact`. Consider storing "
+            f"some states (`adjoint={self.name}()`), from which such steps are made "
+            "again; or using `adjoint=RecursiveCheckpointAdjoint()` instead."
         )

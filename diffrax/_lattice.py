@@ -110,7 +110,14 @@ class Part(eqx.Module):
 
 def full_size(y: PyTree[Array], size: PyTree[RealScalarLike]) -> list[float]:
     """`size`, which is a prefix of `y`, for each leaf of that."""
-    full = jtu.tree_map(lambda s, sub: jtu.tree_map(lambda _: s, sub), size, y)
+    try:
+        full = jtu.tree_map(lambda s, sub: jtu.tree_map(lambda _: s, sub), size, y)
+    except ValueError as e:
+        raise ValueError(
+            "`size` in `BitExact(solver, size)` must be a number, or a PyTree of "
+            "numbers of the structure of `y0` or a prefix of that, but got "
+            f"`size={size}` and `y0` of the structure {jtu.tree_structure(y)}."
+        ) from e
     return [float(s) for s in jtu.tree_leaves(full)]
 
 

@@ -127,6 +127,12 @@ class RecordedField:
     def record(self, call: Call) -> tuple[PyTree, Evaluation]:
         """What comes of an evaluation."""
         all_ = jex.core.jaxpr_as_fun(self._linearised)(*self._operands(call))
+        # What is constant is one of NumPy's.
+        avals = self._linearised.out_avals
+        all_ = [
+            x if isinstance(x, jax.Array) else jnp.asarray(x, aval.dtype)
+            for x, aval in zip(all_, avals, strict=True)
+        ]
         out = all_[: self._num_out]
         residuals = self._residuals.recorded(all_)
         return self._complete(out), Evaluation(Point.of(call), out, residuals)

@@ -158,11 +158,19 @@ def _needed(
 
 
 def _is_cheap(equation: _Equation) -> bool:
-    # Rounding to an integer is not continuous.
-    is_inexact = all(
-        jnp.issubdtype(x.aval.dtype, jnp.inexact) for x in equation.outputs
+    # Rounding is not continuous, be it to an integer or to a lower precision.
+    if equation.primitive.name not in _cheap:
+        return False
+    from_, to = (
+        [_num_digits(x.aval.dtype) for x in xs]
+        for xs in (equation.inputs, equation.outputs)
     )
-    return is_inexact and equation.primitive.name in _cheap
+    return min(to) > 0 and min(to) >= max(from_)
+
+
+def _num_digits(dtype: Any) -> int:
+    """In binary; zero if it is no floating-point number."""
+    return jnp.finfo(dtype).nmant if jnp.issubdtype(dtype, jnp.inexact) else 0
 
 
 def _is_literal(x: Any) -> bool:

@@ -502,14 +502,17 @@ def test_bits_are_compared(checkpoints):
 
     args = _start(jnp.float64), jnp.array(1.0)
     report = _report(loss, *args, checkpoints=checkpoints)
+    grad = lambda adjoint: jax.jit(jax.grad(ft.partial(loss, adjoint), (0, 1)))(*args)
     if checkpoints == 0:
         # There is no gradient, then.
         assert report.rounding[0] == jnp.inf
         assert report.certificate == jnp.inf
+        with pytest.raises(RuntimeError, match="the very bits"):
+            grad(diffrax.ReversibleAdjoint(checkpoints=0))
         return
     # Steps are made again.
     assert report.replays.sum() > 0
-    grads = jax.jit(jax.grad(ft.partial(loss, _default), (0, 1)))(*args)
+    grads = grad(_default)
     for x, y in zip(*map(jtu.tree_leaves, (report.grads, grads)), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-10)
 
@@ -721,6 +724,16 @@ def test_out_of_range():
         assert ys == t1 or not is_good
 
 
+@pytest.mark.parametrize("size", ({"b": 1.0}, [1.0, 1.0], {"a": None}, ()))
+def test_size_of_another_structure(size):
+    with pytest.raises(ValueError, match="`size`"):
+        diffrax.diffeqsolve(
+            diffrax.ODETerm(lambda t, y, args: y),
+            diffrax.BitExact(diffrax.ReversibleHeun(), size),
+            *(0.0, 1.0, 0.1, {"a": jnp.array(1.0)}),
+        )
+
+
 class _OwnStep(diffrax.VelocityVerlet):
     pass
 
@@ -738,6 +751,13 @@ class _OwnEuler(diffrax.Euler):
         (lambda: diffrax.BitExact(diffrax.Heun(), size=jnp.array(1.0)), "`size`"),
         (
             lambda: diffrax.BitExact(diffrax.Heun(), size=1.0, max_steps=0),
+            "`max_steps`",
+        ),
+        (lambda: diffrax.BitExact(diffrax.Heun(), size=None), "`size`"),
+        (lambda: diffrax.BitExact(diffrax.Heun(), size=True), "`size`"),
+        (lambda: diffrax.BitExact(diffrax.Heun(), size=10**400), "`size`"),
+        (
+            lambda: diffrax.BitExact(diffrax.Heun(), size=1.0, max_steps=True),
             "`max_steps`",
         ),
         (lambda: diffrax.BitExact(_OwnStep(), size=1.0), "defines `shears`"),

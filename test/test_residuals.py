@@ -53,6 +53,8 @@ functions = {
     # are off by rounding.
     "the largest": (lambda x: (weights[0] @ x) * jnp.max(x), 16),
     "normalised": (lambda x: (weights[0] @ x) / jnp.max(jnp.abs(x)), 17),
+    # The second factor, and which of its numbers are negative.
+    "less precise": (lambda x: x * abs(x.astype(jnp.float16)).astype(x.dtype), 9),
     "rounded": (lambda x: x**2 * (8 * x).astype(int).astype(x.dtype), 8),
 }
 
@@ -83,6 +85,23 @@ def test_residuals(name, getkey):
         (grad,) = jtu.tree_unflatten(treedefs[0], found)(grad_out)
         _, pull_back = jax.vjp(fn, x)
         np.testing.assert_allclose(grad, pull_back(grad_out)[0], rtol=rtol, atol=rtol)
+
+
+@pytest.mark.parametrize("make", (np.ones, jnp.ones))
+def test_constant_vector_field(make):
+    @jax.grad
+    def grad(y0):
+        sol = diffrax.diffeqsolve(
+            diffrax.ODETerm(lambda t, y, args: make(2)),
+            diffrax.ReversibleHeun(),
+            *(0.0, 1.0, 0.25, y0),
+            adjoint=diffrax.ReversibleAdjoint(checkpoints=0),
+            max_steps=8,
+        )
+        assert sol.ys is not None
+        return jnp.sum(sol.ys)
+
+    assert jnp.array_equal(grad(jnp.zeros(2)), jnp.ones(2))
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,4 @@
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -223,16 +224,16 @@ class BitExact(AbstractReversibleSolver, AbstractWrappedSolver):
     max_steps: int = 4096
 
     def __check_init__(self):
-        for size in jtu.tree_leaves(self.size):
-            if not isinstance(size, (int, float)) or not 0 < size < float("inf"):
-                raise ValueError(
-                    "`size` in `BitExact(solver, size=...)` must be a positive Python "
-                    f"number, or a PyTree of these, but got {self.size}."
-                )
-        if not isinstance(self.max_steps, int) or self.max_steps < 1:
+        sizes = jtu.tree_leaves(self.size)
+        if len(sizes) == 0 or not all(map(_is_positive, sizes)):
+            raise ValueError(
+                "`size` in `BitExact(solver, size=...)` must be a positive Python "
+                f"number, or a PyTree of these, but got {self.size!r}."
+            )
+        if not _is_positive(self.max_steps) or not isinstance(self.max_steps, int):
             raise ValueError(
                 "`max_steps` in `BitExact(solver, size, max_steps=...)` must be a "
-                f"positive integer, but got {self.max_steps}."
+                f"positive Python integer, but got {self.max_steps!r}."
             )
         _ = self._steps
 
@@ -447,6 +448,12 @@ class BitExact(AbstractReversibleSolver, AbstractWrappedSolver):
             stacks=point.stacks,
         )
         return self._steps.join(point.values), state
+
+
+def _is_positive(x: Any) -> bool:
+    """Whether it is a Python number, positive and one that a float can be."""
+    is_number = isinstance(x, (int, float)) and not isinstance(x, bool)
+    return is_number and 0 < x <= sys.float_info.max
 
 
 def _is_explicit(solver: Any) -> bool:
