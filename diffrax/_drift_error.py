@@ -76,36 +76,34 @@ class _Messages(Sequence):
 
     def __getitem__(self, index):
         size, percent = divmod(index, 101)
-        if self.is_exact:
-            return self._of_bits(percent)
-        missed = "with NaN or infinity on the way"
-        if size < 400:
-            missed = f"by a relative error of {10 ** (size / 10 - 20):.0e}"
-        float64 = "" if self.is_float64 else "using float64, "
+        how, why, remedy = self._of_bits() if self.is_exact else self._of_drift(size)
         return (
             f"Cannot compute the gradient using `adjoint={self.name}(checkpoints="
             f"{self.checkpoints})`: going back over the steps of the solver did not "
-            f"lead to where it had started from, {missed}, "
-            f"{percent}% of the way from `t0` to `t1`: rounding errors have piled up, "
-            "or a step could not be undone. Consider storing some states (`adjoint="
-            f"{self.name}()`), making fewer steps, {float64}a solver that is stable "
-            "for this problem or, for `UReversible`, a `coupling_parameter` "
-            "nearer to one; or "
+            f"lead to where it had started from, {how}, "
+            f"{percent}% of the way from `t0` to `t1`: {why}. Consider storing some "
+            f"states (`adjoint={self.name}()`), {remedy}; or "
             'using `adjoint=RecursiveCheckpointAdjoint()` instead. (`on_failure="nan"` '
             "makes only the gradients of those members of a batch NaN that are "
             "concerned.)"
         )
 
-    def _of_bits(self, percent: int) -> str:
+    def _of_drift(self, size: int) -> tuple[str, str, str]:
+        how = "with NaN or infinity on the way"
+        if size < 400:
+            how = f"by a relative error of {10 ** (size / 10 - 20):.0e}"
+        float64 = "" if self.is_float64 else "using float64, "
         return (
-            f"Cannot compute the gradient using `adjoint={self.name}(checkpoints="
-            f"{self.checkpoints})`: going back over the steps of `BitExact` did not "
-            "lead to the very bits from which it had started, "
-            f"{percent}% of the way from `t0` to `t1`. Either the vector field "
-            "has returned NaN, or other bits at the same point in the program that "
-            "undoes a step than in the one that made it, as it does with "
-            "`jax_disable_most_optimizations`; or the state "
-            "has become much larger than the `size` of `BitExact`. Consider storing "
-            f"some states (`adjoint={self.name}()`), from which such steps are made "
-            "again; or using `adjoint=RecursiveCheckpointAdjoint()` instead."
+            how,
+            "rounding errors have piled up, or a step could not be undone",
+            f"making fewer steps, {float64}a solver that is stable for this problem "
+            "or, for `UReversible`, a `coupling_parameter` nearer to one",
+        )
+
+    def _of_bits(self) -> tuple[str, str, str]:
+        return (
+            "to the very bits",
+            "the vector field has returned NaN, or other bits at the same point in the "
+            "program that undoes a step than in the one that made it",
+            "or compiling with `jax_disable_most_optimizations` off, if it is on",
         )
